@@ -1,0 +1,84 @@
+"""The values that pass between rooms, each with the shape of every field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it."""
+
+    role: str
+    content: str
+
+
+Text = str | tuple[Message, ...]
+"""Plain text, or the turns of a conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRecord:
+    """One preference pair. `prompt`, `chosen` and `rejected` are all strings or all message tuples.
+
+    `chosen_probability` is P(chosen preferred) in [0, 1] (a vote share or a judge's probability; None means 1);
+    `reference_weights` is one simplex vector over the reference set for this prompt; `margin` (in nats of implied reward) is
+    subtracted from the implied reward difference. `source` and `row` (1-based) say where the pair came from.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    chosen_probability: float | None = None
+    reference_weights: tuple[float, ...] | None = None
+    margin: float | None = None
+    source: str = "memory"
+    row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """Token ids of one pair, made once and shared by the cache and the trainer.
+
+    The model input for a completion is `prompt_ids + completion_ids`; only completion positions are scored. A completion that
+    was cut at the maximum length has `*_cut` true and carries no end-of-turn token: it is an atom without the end factor.
+    """
+
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    chosen_cut: bool = False
+    rejected_cut: bool = False
+
+    @property
+    def completions(self) -> tuple[tuple[int, ...], ...]:
+        return (self.chosen_ids, self.rejected_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """R rows of one prompt followed by its C completions, padded on the right to L tokens.
+
+    `input_ids`, `position_ids`, `segment_ids`: (R, L) int64. Segment 0 is the prompt, 1..C the completions, -1 padding; positions
+    restart after the prompt for every completion. The N scored tokens, in row order, are `target_ids` (N,); each is predicted at
+    flat position `source_index` (N,) of the R * L grid and belongs to completion `completion_index` (N,) of the R * C.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    source_index: Tensor
+    target_ids: Tensor
+    completion_index: Tensor
+    completions: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogProbs:
+    """Sequence log-probabilities in nats. `total` (R, C) sums over completion tokens; `tokens` (R, C) counts them."""
+
+    total: Tensor
+    tokens: Tensor
