@@ -1,0 +1,187 @@
+"""Sequence log-probabilities of completions under any decoder: one forward pass a batch, completion positions only."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from polyref.data.collate import Item, Layout, collate
+from polyref.errors import ModelError
+from polyref.scoring.head import LogitTransform, token_logps
+from polyref.scoring.masks import MaskKind, shared_prompt_mask
+from polyref.types import LogProbs, TokenBatch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
+
+PROBE_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringPlan:
+    """How a model is to be scored, found once by `probe`.
+
+    `layout` "shared" passes a prompt once for all its completions under masks of kind `mask` (with the model's sliding `window`,
+    if any); "separate" is one ordinary row a completion. `fused` takes the output head apart and scores completion positions in
+    chunks, undoing `transform`; otherwise the model's own logits are used.
+    """
+
+    layout: Layout = "shared"
+    mask: MaskKind = "full"
+    window: int | None = None
+    fused: bool = True
+    transform: LogitTransform = LogitTransform()
+
+
+def completion_logps(model: nn.Module, batch: TokenBatch, plan: ScoringPlan) -> LogProbs:
+    """log pi(y | x) = sum_t log pi(y_t | x, y_<t) for every completion of `batch`, in nats, with gradient.
+
+    Returns `LogProbs` of shape (B, C) under "shared" (C = `batch.completions`) and (B * C, 1) under "separate": reshape to (B, C),
+    the order is the same. Sums are float32 (float64 for a float64 model).
+    """
+    per_token = token_scores(model, batch, plan)
+    shape = (batch.input_ids.shape[0], batch.completions)
+    total = torch.zeros(shape[0] * shape[1], dtype=per_token.dtype, device=per_token.device)
+    total = total.index_add(0, batch.completion_index, per_token)
+    tokens = torch.bincount(batch.completion_index, minlength=len(total))
+    return LogProbs(total.view(shape), tokens.view(shape))
+
+
+def token_scores(model: nn.Module, batch: TokenBatch, plan: ScoringPlan) -> Tensor:
+    """log pi(y_t | x, y_<t) of the N scored tokens of `batch`, in its order: (N,), nats, with gradient."""
+    if plan.layout == "shared":
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        if torch.is_autocast_enabled(batch.input_ids.device.type):
+            dtype = torch.get_autocast_dtype(batch.input_ids.device.type)
+        mask: Any = shared_prompt_mask(batch, plan.mask, plan.window, dtype)
+    else:
+        mask = (batch.segment_ids >= 0).long()
+    inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids, "use_cache": False}
+    if not plan.fused:
+        logits: Tensor = model(**inputs).logits.flatten(0, 1)[batch.source_index]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.gather(1, batch.target_ids[:, None])[:, 0] - logits.logsumexp(1)
+    hidden = _last_hidden_state(model, inputs).flatten(0, 1)[batch.source_index]
+    return token_logps(hidden, batch.target_ids, causal_lm(model).get_output_embeddings(), plan.transform)
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers causal language model inside distributed and PEFT wrappers."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap is not None else model
+
+
+def _last_hidden_state(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The decoder's last hidden state (R, L, H), read on its way through `model`'s own forward.
+
+    Going through the outermost module keeps distributed wrappers working; `logits_to_keep=1` leaves the head almost no work.
+    """
+    states: list[Tensor] = []
+    decoder = causal_lm(model).get_decoder()
+    handle = decoder.register_forward_hook(lambda module, args, output: states.append(output[0]))
+    try:
+        model(**inputs, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return states[-1]
+
+
+@torch.no_grad()
+def probe(model: nn.Module, *, row_limit: int | None = None) -> ScoringPlan:
+    """The fastest way of scoring `model` that agrees with scoring one completion at a time through its own logits.
+
+    Two prompts of different length, with two completions each, are scored in rows longer than any sliding window the model has
+    (`row_limit`: the longest row that will ever be scored; a window beyond it cannot matter). The model decides, not a list of
+    names: a candidate is kept when its token log-probabilities differ from one-by-one scoring by no more than batching
+    itself does. Fallbacks are logged.
+    """
+    config = causal_lm(model).config.get_text_config()
+    device = next(model.parameters()).device
+    items = _probe_items(config, row_limit)
+    training = model.training
+    model.eval()
+    try:
+        plain = ScoringPlan(layout="separate", fused=False)
+        one_by_one = torch.cat([_score_items(model, [(p, [c])], plain, device) for p, cs in items for c in cs])
+        if not torch.isfinite(one_by_one).all():
+            raise ModelError("the model gives log-probabilities that are not finite", fix="check its weights and dtype")
+        noise = (_score_items(model, items, plain, device) - one_by_one).abs().max()
+        resolution = 4 * torch.finfo(next(model.parameters()).dtype).eps
+        tolerance = float(8 * noise + resolution * one_by_one.abs().max())
+        for plan in _candidates(config):
+            reason = _disagreement(model, items, plan, one_by_one, tolerance, device)
+            if reason is None:
+                break
+            logger.info("scoring as %s, %s masks, %s head: %s", plan.layout, plan.mask, _head_name(plan), reason)
+        else:
+            plan = plain
+    finally:
+        model.train(training)
+    if plan.layout == "separate":
+        logger.warning("this model cannot share a prompt between completions; scoring one row a completion, which is slower")
+    if not plan.fused:
+        logger.warning("this model's output head cannot be taken apart; scoring holds full logits, which takes more memory")
+    return plan
+
+
+def _candidates(config: PretrainedConfig) -> list[ScoringPlan]:
+    window = getattr(config, "sliding_window", None)
+    kinds: list[MaskKind] = ["by_layer_type", "sliding", "full"] if window else ["full"]
+    base = ScoringPlan(window=window, transform=_logit_transform(config))
+    shared = [replace(base, mask=kind) for kind in kinds]
+    fused = [*shared, replace(base, layout="separate")]
+    return [*fused, *(replace(plan, fused=False) for plan in shared)]
+
+
+def _logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """Read from the configuration, as the field spells it; the probe judges whether it was read right."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _probe_items(config: PretrainedConfig, row_limit: int | None) -> list[Item]:
+    window = getattr(config, "sliding_window", None) or 0
+    context = getattr(config, "max_position_embeddings", None) or 2**20
+    length = min(window + 8, context - 16) if row_limit is None or window < row_limit else 16
+    lengths = ((max(length, 16), (9, 5)), (max(length, 16) // 2, (4, 11)))
+    generator = torch.Generator().manual_seed(PROBE_SEED)
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(config.vocab_size, (n,), generator=generator).tolist()
+
+    return [(draw(prompt), [draw(n) for n in completions]) for prompt, completions in lengths]
+
+
+def _score_items(model: nn.Module, items: list[Item], plan: ScoringPlan, device: torch.device) -> Tensor:
+    batch = to_device(collate(items, pad_token_id=0, layout=plan.layout), device)
+    return token_scores(model, batch, plan)
+
+
+def _disagreement(
+    model: nn.Module, items: list[Item], plan: ScoringPlan, expected: Tensor, tolerance: float, device: torch.device
+) -> str | None:
+    """Why `plan` is not usable for `model`, or None. A model may refuse a mask with any exception at all."""
+    try:
+        difference = float((_score_items(model, items, plan, device) - expected).abs().max())
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}"
+    return None if difference <= tolerance else f"token log-probabilities differ by {difference:.2g} (allowed {tolerance:.2g})"
+
+
+def _head_name(plan: ScoringPlan) -> str:
+    return "fused" if plan.fused else "full"
+
+
+def to_device(batch: TokenBatch, device: torch.device | str) -> TokenBatch:
+    """`batch` with its tensors on `device`."""
+    from polyref.data.collate import batch_tensors
+
+    return replace(batch, **{name: tensor.to(device) for name, tensor in batch_tensors(batch).items()})
