@@ -47,8 +47,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; the file or folder that the body makes there becomes `path` when the body ends.
 
     The bytes are on disk (fsync) before the name changes, so a kill or a power cut leaves the old content or the new one, never
-    a mixture. When the body raises, the temporary is removed and `path` stays as it was. A file is replaced in one step; a folder
-    in two (the old one aside, the new one in), so a kill between them leaves none.
+    a mixture. When the body raises, the temporary is removed and `path` stays as it was. A file is replaced in one step; a
+    folder in two (the old one aside, the new one in), so a kill between them leaves none.
 
     Raises:
         RunFolderError: the disk is full, the folder is read-only, or any other OSError.

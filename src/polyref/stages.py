@@ -28,7 +28,7 @@ from typing import Any, Self
 
 import filelock
 import xxhash
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from polyref.errors import ConfigError, RunFolderError, one_line
 from polyref.files import atomic_write, file_digest, files_below, remove_temporaries, sync, write_bytes, write_errors
