@@ -1,0 +1,121 @@
+"""One row of preference data -> one `PreferenceRecord`, or a refusal that names the file, the row and the column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from polyref.data.fields import READERS, Refusal, kind
+from polyref.data.prompts import settle_texts
+from polyref.data.transcripts import parse_reply, parse_transcript
+from polyref.errors import ConfigError, DataError
+from polyref.types import Message, PreferenceRecord
+
+FIELDS = tuple(READERS)
+"""The columns of a row. `prompt` may be implicit and the last three are optional; any other column is left alone."""
+
+PROMPT_FORMATS = ("as_is", "chat", "transcript")
+
+
+class RowError(DataError):
+    """One thing wrong with one row. `row` is 1-based: the line of a .jsonl file, elsewhere the position in the data."""
+
+    def __init__(self, what: str, *, source: str, row: int, column: str | None = None, fix: str | None = None) -> None:
+        self.source, self.row, self.column = source, row, column
+        where = f"{source}, row {row}" + (f", column {column}" if column else "")
+        super().__init__(what, where=where, fix=fix)
+
+
+def parse_record(
+    row: Mapping[str, Any], *, source: str, row_number: int, columns: Mapping[str, str] | None = None
+) -> PreferenceRecord:
+    """The preference pair that `row` holds; the first thing wrong with it is raised as `RowError` (a `DataError`).
+
+    `prompt`, `chosen` and `rejected` are text or lists of `{"role", "content"}` messages; with messages, a completion is one
+    assistant turn. Without a `prompt` column the prompt is implicit: the messages, or the characters, that `chosen` and
+    `rejected` begin with alike (for "\\n\\nHuman:" transcripts, up to the last "\\n\\nAssistant:" they share). `columns` maps
+    a field to the column that holds it; nothing is guessed.
+    """
+    record, problems = read_record(row, source=source, row_number=row_number, columns=columns)
+    if record is None:
+        raise problems[0]
+    return record
+
+
+def read_record(
+    row: Mapping[str, Any], *, source: str, row_number: int, columns: Mapping[str, str] | None = None
+) -> tuple[PreferenceRecord | None, list[RowError]]:
+    """As `parse_record`, but with everything that is wrong with the row, in the order of the fields; None if anything is."""
+    named = column_names(columns)
+
+    def error(refusal: Refusal, field: str | None = None) -> RowError:
+        column = named[field] if field else None
+        return RowError(refusal.what, source=source, row=row_number, column=column, fix=refusal.fix)
+
+    if not isinstance(row, Mapping):
+        return None, [error(Refusal(f"is {kind(row)}, not an object", "a row is an object with a value for each column"))]
+    values: dict[str, Any] = {}
+    problems: list[RowError] = []
+    for field, reader in READERS.items():
+        column = named[field]
+        try:
+            if column in row:
+                values[field] = reader(row[column])
+            elif field in ("chosen", "rejected") or field in (columns or ()):
+                present = ", ".join(map(str, row)) or "none"
+                raise Refusal(f"is missing (the row has {present})", f"map it with columns={{'{field}': 'NAME'}}")
+        except Refusal as refusal:
+            problems.append(error(refusal, field))
+    if problems:
+        return None, problems
+    try:
+        texts = settle_texts(values.get("prompt"), values["chosen"], values["rejected"])
+    except Refusal as refusal:
+        return None, [error(refusal, refusal.field)]
+    values["prompt"], values["chosen"], values["rejected"] = texts
+    return PreferenceRecord(**values, source=source, row=row_number), []
+
+
+def column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
+    """The column of every field, with `columns` laid over the fields' own names; `ConfigError` for a field that is none."""
+    for field, column in (columns or {}).items():
+        if field not in FIELDS:
+            raise ConfigError(f"columns maps {field!r}, which is no field", fix=f"the fields are {', '.join(FIELDS)}")
+        if not isinstance(column, str) or not column:
+            raise ConfigError(f"columns maps {field!r} to {kind(column)}", fix="give the name of a column")
+    return {field: field for field in FIELDS} | dict(columns or {})
+
+
+def to_messages(record: PreferenceRecord, prompt_format: str, *, columns: Mapping[str, str] | None = None) -> PreferenceRecord:
+    """`record` in the form that `prompt_format` names.
+
+    "as_is" leaves it alone. "chat" turns plain strings into one user turn and one assistant turn, and leaves messages alone.
+    "transcript" parses "\\n\\nHuman: ...\\n\\nAssistant:" strings into the messages of a conversation, without the space after
+    a colon. Errors: `ConfigError` for another format; `RowError` (its column named as `columns` maps it) for no transcript.
+    """
+    if prompt_format not in PROMPT_FORMATS:
+        raise ConfigError(f"prompt_format is {prompt_format!r}", fix=f"choose one of {', '.join(PROMPT_FORMATS)}")
+    is_text = isinstance(record.prompt, str)
+    if prompt_format == "as_is" or (prompt_format == "chat" and not is_text):
+        return record
+    if prompt_format == "chat":
+        return replace(
+            record,
+            prompt=_one_turn("user", record.prompt),
+            chosen=_one_turn("assistant", record.chosen),
+            rejected=_one_turn("assistant", record.rejected),
+        )
+    parsed: dict[str, Any] = {}
+    for field, parse in (("prompt", parse_transcript), ("chosen", parse_reply), ("rejected", parse_reply)):
+        try:
+            parsed[field] = parse(getattr(record, field))
+        except ValueError as error:
+            fix = "use prompt_format 'chat' or 'as_is' for data that is no transcript"
+            column = column_names(columns)[field]
+            raise RowError(str(error), source=record.source, row=record.row, column=column, fix=fix) from None
+    return replace(record, **parsed)
+
+
+def _one_turn(role: str, text: object) -> tuple[Message, ...]:
+    return ({"role": role, "content": str(text)},)
