@@ -61,7 +61,7 @@ def smoothed(h: Tensor, epsilon: float, *, chosen_probability: Probability = Non
     It is `sigmoid` at the label p(1-e) + (1-p)e. ConfigError unless 0 <= epsilon < 1/2. Source: [rDPO], the smoothed form.
     """
     epsilon = _checked_epsilon(epsilon)
-    p = 1.0 if chosen_probability is None else chosen_probability
+    p = _label(h, 1.0 if chosen_probability is None else chosen_probability)
     return sigmoid(h, chosen_probability=p * (1 - epsilon) + (1 - p) * epsilon)
 
 
@@ -73,7 +73,7 @@ def robust(h: Tensor, epsilon: float, *, chosen_probability: Probability = None)
     ConfigError unless 0 <= epsilon < 1/2. Source: [rDPO].
     """
     epsilon = _checked_epsilon(epsilon)
-    p = 1.0 if chosen_probability is None else chosen_probability
+    p = _label(h, 1.0 if chosen_probability is None else chosen_probability)
     return sigmoid(h, chosen_probability=(p - epsilon) / (1 - 2 * epsilon))
 
 
@@ -93,15 +93,21 @@ def dr_dpo(losses: Tensor, beta_prime: float, *, weights: Tensor | None = None) 
 
 
 def _expected(loss: Callable[[Tensor], Tensor], h: Tensor, chosen_probability: Probability) -> Tensor:
-    """p loss(h) + (1-p) loss(-h), with p one number or exactly of h's shape: a broadcast would mix pairs."""
+    """p loss(h) + (1-p) loss(-h)."""
     if chosen_probability is None:
         return loss(h)
+    p = _label(h, chosen_probability)
+    return p * loss(h) + (1 - p) * loss(-h)
+
+
+def _label(h: Tensor, chosen_probability: Tensor | float) -> Tensor:
+    """The label in the type and on the device of h: one number, or exactly of h's shape, as a broadcast would mix pairs."""
     p = torch.as_tensor(chosen_probability, dtype=h.dtype, device=h.device)
     if p.dim() and p.shape != h.shape:
         raise ConfigError(
             f"chosen_probability has shape {tuple(p.shape)} for pairs of shape {tuple(h.shape)}", fix="give one number a pair"
         )
-    return p * loss(h) + (1 - p) * loss(-h)
+    return p
 
 
 def _checked_epsilon(epsilon: float) -> float:
