@@ -174,10 +174,12 @@ def _axes(title: str, height: float) -> Iterator[tuple[Axes, list[str]]]:
 
 
 def _finish(axes: Axes, x_label: str, y_label: str, *, named: bool) -> None:
-    axes.set_xlabel(one_line(x_label, 80))
-    axes.set_ylabel(one_line(y_label, 60))
+    axes.set_xlabel(one_line(x_label, 50))
+    axes.set_ylabel(one_line(y_label, 36))
     if named:
-        axes.figure.legend(loc="outside upper left", ncols=3, handlelength=2.4, columnspacing=1.4, borderaxespad=0.2)
+        longest = max(len(label) for label in axes.get_legend_handles_labels()[1])
+        columns = 3 if longest <= 18 else 2 if longest <= 30 else 1
+        axes.figure.legend(loc="outside upper left", ncols=columns, handlelength=2.4, columnspacing=1.4, borderaxespad=0.2)
 
 
 def _for_a_page(document: str) -> str:
