@@ -56,9 +56,10 @@ def test_one_value_a_cluster_is_no_clustering_and_names_are_only_names():
 
 
 def test_unequal_clusters_keep_the_mean_over_values():
-    values, clusters = [1.0, 0.0, 0.0, 0.0], ["a", "b", "b", "b"]
+    """Forty prompts of one won pair and forty of nine lost ones: the mean over pairs is 1/10, over prompts 1/2."""
+    values, clusters = [1.0] * 40 + [0.0] * 360, list(range(40)) + list(range(40, 80)) * 9
     interval = mean_interval(values, clusters, seed=0)
-    assert interval.mean == 0.25 and interval.low == 0.0 and interval.high == 1.0
+    assert 0.05 < interval.low < interval.mean == 0.1 < interval.high < 0.2
 
 
 def test_the_seed_decides_and_memory_chunks_do_not(monkeypatch):

@@ -151,12 +151,13 @@ def check_support(logps: Tensor, weights: Tensor | Sequence[float], compose: Com
     gives probability 0, an arithmetic one where ALL do; NaN and +inf are refused in members of positive weight.
     """
     kept = (_aligned(logps, check_weights(weights)) > 0).expand_as(logps)
-    broken = kept & (logps.isnan() | logps.isposinf())
-    refused = ~compose(logps, weights).isfinite() | broken.any(-1)
+    refused = ~compose(logps, weights).isfinite()
     if not refused.any():
         return
     row = tuple(refused.nonzero()[0].tolist())
-    member = int((broken[row] if broken[row].any() else kept[row] & ~logps[row].isfinite()).nonzero()[0])
+    culprits = kept[row] & ~logps[row].isfinite()
+    broken = culprits & ~logps[row].isneginf()
+    member = int((broken if broken.any() else culprits).nonzero()[0])
     value = float(logps[row][member])
     if value == -math.inf:
         what, fix = "has probability 0", "set that reference's weight to 0 for this prompt, or drop the completion"
