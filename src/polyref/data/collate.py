@@ -82,13 +82,13 @@ def batch_tensors(batch: TokenBatch) -> dict[str, Tensor]:
 
 
 def grouped_batches(
-    lengths: Sequence[int], batch_size: int, *, seed: int | None = None, window: int = 50
+    lengths: Sequence[int], batch_size: int, *, seed: int | tuple[int, ...] | None = None, window: int = 50
 ) -> list[list[int]]:
     """Indices of rows cut into batches of similar length, so that little padding is computed.
 
-    With a `seed`, rows are shuffled, sorted by length inside windows of `window` batches, and the batches shuffled again: the
-    order depends on `seed` and `lengths` alone. Without one, rows are sorted by length, longest first, so that running out of
-    memory shows at once.
+    With a `seed`, rows are shuffled, sorted by length inside windows of `window` batches, and the batches shuffled again, a short
+    one last: the order depends on `seed` and `lengths` alone. Without one, rows are sorted by length, longest first, so that
+    running out of memory shows at once.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     if seed is None:
@@ -99,4 +99,5 @@ def grouped_batches(
     windows = (shuffled[i : i + span] for i in range(0, len(shuffled), span))
     by_length = np.concatenate([w[np.argsort([-lengths[j] for j in w], kind="stable")] for w in windows])
     batches = [by_length[i : i + batch_size].tolist() for i in range(0, len(by_length), batch_size)]
-    return [batches[i] for i in generator.permutation(len(batches))]
+    order = generator.permutation(len(batches))
+    return sorted((batches[i] for i in order), key=lambda batch: len(batch) < batch_size)

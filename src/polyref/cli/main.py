@@ -1,0 +1,128 @@
+"""`polyref VERB [--config file.yaml] [--flag value ...]`: parse, run one verb, and end with an exit code that means something.
+
+0 done; 2 the input is wrong (one line: what, where, how to mend); 1 anything else. Ctrl-C leaves a resumable run.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from typing import Any
+
+from polyref.errors import ConfigError, PolyrefError, RunFolderError, one_line
+
+VERBS = {
+    "quickstart": "train a small model against two references on packaged human preferences, and show the result",
+    "validate": "check preference data: counts, lengths, duplicates, and every bad row",
+    "score": "score preference data under K references, into the cache",
+    "train": "train a policy on preference data against K references",
+}
+"""What the command line can do. Each verb is a module of this package with `add_arguments(parser)` and `run(settings)`."""
+
+_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_overview())
+        return 0
+    if words[0] == "--version":
+        sys.stdout.write(f"polyref {metadata.version('polyref')}\n")
+        return 0
+    verb = words.pop(0)
+    if verb not in VERBS:
+        return _fail(f"unknown verb {verb!r}; use one of {', '.join(VERBS)}", _USAGE)
+    _quiet_libraries()
+    try:
+        module = import_module(f"polyref.cli.{verb}")
+        settings = _parse(module, verb, words)
+        if settings is not None:
+            module.run(settings)
+    except PolyrefError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from here", 1)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            where = str(error.filename) if error.filename else None
+            return _fail(str(RunFolderError(os.strerror(error.errno), where=where, fix="name a folder with space and access")), _USAGE)
+        raise
+    return 0
+
+
+def _parse(module: Any, verb: str, words: list[str]) -> Any:
+    """The verb's settings, or None when --help or --print_config was all that was asked for."""
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=f"polyref {verb}", description=VERBS[verb].capitalize() + ".", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of these settings; flags win over it.")
+    module.add_arguments(parser)
+    try:
+        return parser.instantiate(parser.parse_args(words))
+    except PolyrefError:
+        raise
+    except SystemExit as stop:
+        if stop.code:
+            raise ConfigError(f"polyref {verb} cannot read its settings", fix=f"see polyref {verb} --help") from stop
+        return None
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        cause = _polyref_cause(error)
+        if cause is not None:
+            raise cause from error
+        raise ConfigError(_first_reason(str(error)), where=f"polyref {verb}", fix=f"see polyref {verb} --help") from error
+
+
+def _polyref_cause(error: BaseException | None) -> PolyrefError | None:
+    """The PolyrefError a settings class raised, under what the parser wrapped around it."""
+    while error is not None:
+        if isinstance(error, PolyrefError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _first_reason(text: str) -> str:
+    """A parser's many-line error as one readable line: the key, and the last reason given."""
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
+    return ": ".join(dict.fromkeys(re.sub(r":$", "", line) for line in (lines[:1] + lines[-1:])))
+
+
+def _fail(line: str, code: int) -> int:
+    sys.stderr.write(f"polyref: {one_line(line, 2000)}\n")
+    return code
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
+    return (
+        "usage: polyref VERB [--config file.yaml] [--flag value ...]\n\n"
+        "Align language models with human preferences against many references at once.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "polyref VERB --help explains every setting; --print_config shows the settings as YAML; --version.\n"
+        "Exit codes: 0 done; 2 the input is wrong (one line says how to mend it); 1 anything else.\n"
+    )
+
+
+def _quiet_libraries() -> None:
+    """polyref's own log lines at INFO, the libraries' at ERROR, progress bars ours alone."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"(transformers|torch|peft|datasets|accelerate)(\..*)?")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("polyref").setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

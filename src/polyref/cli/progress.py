@@ -1,0 +1,76 @@
+"""Progress of long work: a rich bar with rate and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+PLAIN_SECONDS = 10.0
+"""Seconds between two plain lines about one piece of work."""
+
+
+class Meter:
+    """Call it with (what, done, total); it shows as much as the place it writes to allows. A context manager."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.tasks: dict[str, Any] = {}
+        self.started: dict[str, float] = {}
+        self.told: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` units of `what`."""
+        if what not in self.started:
+            self.started[what] = self.told[what] = time.monotonic()
+            self.tasks[what] = self.bar.add_task(Text(what).plain, total=total)
+        self.bar.update(self.tasks[what], completed=done, total=total)
+        now = time.monotonic()
+        if self.bar.disable and (now - self.told[what] > PLAIN_SECONDS or done >= total):
+            self.told[what] = now
+            rate = done / max(now - self.started[what], 1e-9)
+            left = (total - done) / max(rate, 1e-9)
+            logger.info("%s: %d of %d %s, %.3g a second, %.0f s left", what, done, total, self.unit, rate, left)
+
+
+class TrainingProgress(TrainerCallback):
+    """The training steps of a Trainer on a `Meter`."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the empty bar."""
+        self.meter("training", state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One step further."""
+        self.meter("training", state.global_step, state.max_steps)
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.3g} {self.unit}/s" if speed else f"- {self.unit}/s")

@@ -1,0 +1,266 @@
+"""Score preference pairs under every member of a reference set, through the cache, one loaded model at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polyref.data.collate import collate, grouped_batches, row_length
+from polyref.data.tokenize import TokenizedPreferences, tokenize_for_reference, tokenizer_fingerprint
+from polyref.errors import ReferenceSetError
+from polyref.references.reference_set import Reference, ReferenceSet
+from polyref.scoring.cache import CachedScore, CacheWriter, LogProbCache, ScorerKey, row_key
+from polyref.scoring.logprobs import ScoringPlan, completion_logps, probe, to_device
+from polyref.scoring.models import (
+    ModelSource,
+    adapter_fingerprint,
+    attach_adapter,
+    check_config,
+    default_device,
+    detach_adapter,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    module_fingerprint,
+    weights_fingerprint,
+)
+from polyref.types import TokenizedPair
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(what, done, total), in tokens."""
+
+
+@dataclass(frozen=True)
+class ReferenceScores:
+    """Sequence log-probabilities of N pairs under K references, in nats.
+
+    `chosen`, `rejected`: (N, K) float64. `hits` and `misses` count completions found in the cache and scored anew; `tokens` and
+    `seconds` measure the scoring, model loading left out. `compatibility` says one line a member.
+    """
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    hits: int
+    misses: int
+    tokens: int
+    seconds: float
+    compatibility: tuple[str, ...]
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of completions found in the cache."""
+        return self.hits / max(self.hits + self.misses, 1)
+
+
+@dataclass
+class _Member:
+    """A reference made ready to score: its own rendering of every pair, and its address in the cache."""
+
+    reference: Reference
+    items: list[TokenizedPair]
+    scorer: ScorerKey
+    report: str
+    keys: list[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = [row_key(pair.prompt_ids, ids) for pair in self.items for ids in pair.completions]
+
+
+def score_references(
+    data: TokenizedPreferences,
+    references: ReferenceSet,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    cache_dir: str | Path | None = None,
+    batch_size: int = 8,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> ReferenceScores:
+    """log pi_i(y | x) of both completions of every pair under each member i: shapes (N, K), nats.
+
+    `data` was tokenised for the policy with `tokenizer`. A member with the same tokenizer scores exactly those completion tokens
+    after its own prompt (system prompt included); one with another tokenizer scores the text. Members that share weights are
+    loaded once, and one model is in memory at a time, whatever K is. With `cache_dir`, what was scored before, by anyone, is
+    read and not computed; batches depend on the data alone, so an interrupted scoring goes on to the same bytes.
+
+    Raises ReferenceSetError where a member cannot score the data (vocabulary, context length), naming member and row.
+    """
+    members = [_prepare(reference, data, tokenizer) for reference in references.members]
+    for member in members:
+        logger.info("%s", member.report)
+    device = device or default_device()
+    with nullcontext(cache_dir) if cache_dir is not None else TemporaryDirectory() as folder:
+        cache = LogProbCache(folder)
+        found = [cache.lookup(member.scorer, member.keys) for member in members]
+        hits = sum(len(f) for f in found)
+        total = sum(len(set(member.keys)) for member in members)
+        meter = _Meter(progress)
+        waiting = [i for i, member in enumerate(members) if len(found[i]) < len(set(member.keys))]
+        for group in _same_weights(members, waiting):
+            _score_group([members[i] for i in group], cache, batch_size, device, meter)
+            for i in group:
+                found[i] = cache.lookup(members[i].scorer, members[i].keys)
+    logps = np.array([[f[key].logp for key in member.keys] for f, member in zip(found, members, strict=True)])
+    pairs = logps.reshape(len(members), -1, 2)
+    lines = tuple(member.report for member in members)
+    return ReferenceScores(pairs[:, :, 0].T.copy(), pairs[:, :, 1].T.copy(), hits, total - hits, meter.tokens, meter.seconds, lines)
+
+
+@dataclass
+class _Meter:
+    progress: Progress | None
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def batch(self, label: str, tokens: int, done: int, total: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+        self.tokens += tokens
+        if self.progress:
+            self.progress(label, done + tokens, total)
+
+
+def _prepare(reference: Reference, data: TokenizedPreferences, policy_tokenizer: PreTrainedTokenizerBase) -> _Member:
+    own = _own_tokenizer(reference)
+    tokenizer = own or policy_tokenizer
+    items = tokenize_for_reference(data.records, data.pairs, policy_tokenizer, own, system_prompt=reference.system_prompt)
+    config = _check_fit(reference, items, data)
+    same = own is None or tokenizer_fingerprint(own) == tokenizer_fingerprint(policy_tokenizer)
+    longest = max((row_length(p.prompt_ids, [max(p.completions, key=len)]) for p in items), default=0)
+    scorer = ScorerKey(
+        weights=module_fingerprint(reference.model) if reference.in_memory else weights_fingerprint(reference.source),
+        adapter=adapter_fingerprint(str(reference.adapter) if reference.adapter else None),
+        system_prompt=reference.system_prompt or "",
+        template=str(tokenizer.chat_template or ""),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        dtype=_dtype(reference),
+    )
+    report = (
+        f"reference {reference.label}: {'the policy’s tokenizer' if same else 'its own tokenizer, scoring the text'}, "
+        f"{'with' if tokenizer.chat_template else 'without'} chat template, vocabulary {config.vocab_size}, "
+        f"longest sequence {longest} of {getattr(config, 'max_position_embeddings', None) or 'any'} tokens, {_dtype(reference)}"
+    )
+    return _Member(reference, items, scorer, report)
+
+
+def _dtype(reference: Reference) -> str:
+    """The dtype it scores in: its own where the model is in memory already."""
+    return str(next(reference.model.parameters()).dtype).removeprefix("torch.") if reference.in_memory else reference.dtype
+
+
+def _own_tokenizer(reference: Reference) -> Any:
+    """The tokenizer the reference brings, or None where it has none of its own."""
+    if reference.tokenizer is None:
+        return None if reference.in_memory else load_tokenizer(reference.source)
+    if isinstance(reference.tokenizer, str | Path):
+        return load_tokenizer(ModelSource(str(reference.tokenizer), trust_remote_code=reference.trust_remote_code))
+    return reference.tokenizer
+
+
+def _check_fit(reference: Reference, items: Sequence[TokenizedPair], data: TokenizedPreferences) -> Any:
+    """The member's text configuration, after checking that its vocabulary and context hold every pair."""
+    whole = reference.model.config if reference.in_memory else load_config(reference.source)
+    check_config(whole, reference.label)
+    config = whole.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    for pair, record in zip(items, data.records, strict=True):
+        where = f"{record.source}, row {record.row}"
+        highest = max(max(ids) for ids in (pair.prompt_ids, *pair.completions))
+        if highest >= config.vocab_size:
+            raise ReferenceSetError(
+                f"token id {highest} is outside the vocabulary ({config.vocab_size}) of reference {reference.label}",
+                where=where,
+                fix="give this reference its own tokenizer",
+            )
+        longest = len(pair.prompt_ids) + max(map(len, pair.completions))
+        if context is not None and longest > context:
+            raise ReferenceSetError(
+                f"{longest} tokens do not fit the context of {context} of reference {reference.label}",
+                where=where,
+                fix="lower max_length or shorten its system prompt",
+            )
+    return config
+
+
+def _same_weights(members: Sequence[_Member], waiting: Sequence[int]) -> list[list[int]]:
+    """Indices of members still to score, grouped by the model that scores them, in first-seen order."""
+    groups: dict[Any, list[int]] = {}
+    for i in waiting:
+        reference = members[i].reference
+        groups.setdefault(id(reference.model) if reference.in_memory else reference.source, []).append(i)
+    return list(groups.values())
+
+
+def _score_group(members: Sequence[_Member], cache: LogProbCache, batch_size: int, device: torch.device, meter: _Meter) -> None:
+    """Load one model and score every member that uses it."""
+    first = members[0].reference
+    model: Any = first.model if first.in_memory else load_causal_lm(first.source)
+    home, training = next(model.parameters()).device, model.training
+    model.to(device).eval()
+    try:
+        for member in members:
+            with cache.writer(member.scorer) as writer, _adapted(model, member.reference) as scorer:
+                _score_member(member, scorer, writer, batch_size, device, meter)
+    finally:
+        model.to(home).train(training)
+
+
+@contextmanager
+def _adapted(model: nn.Module, reference: Reference) -> Iterator[nn.Module]:
+    if reference.adapter is None:
+        yield model
+        return
+    wrapped = attach_adapter(model, str(reference.adapter))  # type: ignore[arg-type]
+    try:
+        yield wrapped
+    finally:
+        detach_adapter(wrapped)
+
+
+def _score_member(
+    member: _Member, model: nn.Module, writer: CacheWriter, batch_size: int, device: torch.device, meter: _Meter
+) -> None:
+    lengths = [row_length(pair.prompt_ids, pair.completions) for pair in member.items]
+    known = writer.known(member.keys)
+    batches = [b for b in grouped_batches(lengths, batch_size) if any(_keys(member, i) - known.keys() for i in b)]
+    total, done = sum(lengths[i] for b in batches for i in b), 0
+    plan = probe(model, row_limit=max(lengths)) if batches else None
+    for batch in batches:
+        tokens = sum(lengths[i] for i in batch)
+        with meter.batch(member.reference.label, tokens, done, total):
+            scores = _score_batch(model, [member.items[i] for i in batch], plan or ScoringPlan(), device)
+        done += tokens
+        keys = [key for i in batch for key in member.keys[2 * i : 2 * i + 2]]
+        fresh = {key: score for key, score in zip(keys, scores, strict=True) if key not in known}
+        writer.add(list(fresh), [s.logp for s in fresh.values()], [s.tokens for s in fresh.values()])
+        known |= fresh
+
+
+def _keys(member: _Member, i: int) -> set[bytes]:
+    return set(member.keys[2 * i : 2 * i + 2])
+
+
+def _score_batch(model: nn.Module, pairs: Sequence[TokenizedPair], plan: ScoringPlan, device: torch.device) -> list[CachedScore]:
+    import torch
+
+    batch = collate([(pair.prompt_ids, pair.completions) for pair in pairs], pad_token_id=0, layout=plan.layout)
+    with torch.no_grad():
+        logps = completion_logps(model, to_device(batch, device), plan)
+    return [CachedScore(*score) for score in zip(logps.total.flatten().tolist(), logps.tokens.flatten().tolist(), strict=True)]

@@ -1,0 +1,109 @@
+"""The page of one preference training: what was learnt, how the curves went, and how sure one can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polyref.report.figures import Bars, Figure, Line, bar_chart, line_chart
+from polyref.report.page import KeyNumber, Section, SideBySide, Table, write_page
+
+Row = Mapping[str, Any]
+
+
+def write_training_page(
+    path: Path,
+    title: str,
+    summary: Row,
+    metrics: Sequence[Row],
+    *,
+    opening: Sequence[str] = (),
+    replies: Sequence[SideBySide] = (),
+) -> Path:
+    """Write the page of a training `summary` and its `metrics` rows to `path`; `opening` sentences come before the summary's own."""
+    sections = [_evidence(summary), _curves(metrics)]
+    if replies:
+        sections.append(
+            Section("Replies side by side", ("Greedy decoding; cut at the length of the demonstration.",), comparisons=replies)
+        )
+    sections.append(_setting(summary))
+    return write_page(
+        path,
+        title=title,
+        summary=[*opening, *_sentences(summary)],
+        key_numbers=_key_numbers(summary),
+        sections=[section for section in sections if section.figures or section.tables or section.comparisons],
+    )
+
+
+def _sentences(summary: Row) -> list[str]:
+    references = summary["references"]
+    many = f"{len(references)} references composed into one {summary['composition']} anchor" if len(references) > 1 else "one reference"
+    lines = [
+        f"The policy was trained on {summary['train_pairs']} human preference pairs to prefer what people chose, while a "
+        f"{summary['divergence']}-KL term of strength beta = {summary['beta']} holds it close to {many}."
+    ]
+    before, after = summary["before"], summary["after"]
+    if before and after:
+        (was, _, _), (now, low, high) = before["accuracy"], after["accuracy"]
+        verdict = "is above chance" if low > 0.5 else "is below chance" if high < 0.5 else "cannot be told from chance at this size"
+        lines.append(
+            f"On {after['pairs']} held-out pairs ({after['prompts']} prompts, none of them trained on) it sides with people "
+            f"{now:.0%} of the time, against {was:.0%} before; the 95% interval, {low:.0%} to {high:.0%}, {verdict}."
+        )
+    return lines
+
+
+def _key_numbers(summary: Row) -> list[KeyNumber]:
+    after = summary["after"]
+    if not after:
+        return []
+    return [
+        KeyNumber("held-out preference accuracy", tuple(after["accuracy"]), "share of held-out pairs ranked as people ranked them"),
+        KeyNumber("held-out margin", tuple(after["margin"]), "mean implied reward of chosen less rejected"),
+    ]
+
+
+def _evidence(summary: Row) -> Section:
+    before, after = summary["before"], summary["after"]
+    if not (before and after):
+        return Section("Held-out evidence")
+    columns = [list(values) for values in zip(before["accuracy"], after["accuracy"], strict=True)]
+    bars = Bars("accuracy", *columns)
+    figure = bar_chart(["before training", "after training"], [bars], title="Held-out preference accuracy", baseline=0.5)
+    rows = [[when, tuple(r["accuracy"]), tuple(r["margin"]), r["pairs"]] for when, r in (("before", before), ("after", after))]
+    return Section(
+        "Held-out evidence",
+        ("Intervals are 95%, from a bootstrap over prompts. The dashed line is a coin flip.",),
+        figures=(figure,),
+        tables=(Table(("", "accuracy", "margin", "pairs"), rows),),
+    )
+
+
+def _curves(metrics: Sequence[Row]) -> Section:
+    rows = [row for row in metrics if "rewards/margins" in row]
+    if not rows:
+        return Section("Training curves")
+
+    def chart(title: str, unit: str, **names: str) -> Figure:
+        steps = [row["step"] for row in rows]
+        return line_chart([Line(n, steps, [r[k] for r in rows]) for n, k in names.items()], title=title, x_label="step", y_label=unit)
+
+    figures = (
+        chart("Loss", "nats", loss="loss"),
+        chart("Implied rewards", "reward", chosen="rewards/chosen", rejected="rewards/rejected"),
+        chart("Log-probability of completions", "nats", chosen="logps/chosen", rejected="logps/rejected"),
+    )
+    return Section("Training curves", ("Means over the training pairs since the point before.",), figures=figures)
+
+
+def _setting(summary: Row) -> Section:
+    weights = zip(summary["references"], summary["weights"], strict=True)
+    rows: list[list[Any]] = [[label, weight] for label, weight in weights]
+    settings = [[key, str(summary[key])] for key in ("model", "composition", "divergence", "loss_type", "beta", "train_pairs")]
+    return Section(
+        "How it was made",
+        tuple(summary["compatibility"]),
+        tables=(Table(("reference", "weight"), rows), Table(("setting", "value"), settings)),
+    )

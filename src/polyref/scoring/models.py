@@ -1,0 +1,263 @@
+"""Hub id, folder, GGUF file, adapter -> a causal language model, its tokenizer, and fingerprints of their weights.
+
+Weights are read from safetensors (or GGUF) only, never from pickles; `trust_remote_code` stays off unless asked for. Every way
+in which a model can be unusable ends in one `ModelError` line.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyref.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model's weights come from: `model` is a hub id or a folder, `gguf_file` a file inside it."""
+
+    model: str
+    gguf_file: str | None = None
+    dtype: str = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {self.dtype!r}", where=self.model, fix=f"use one of {', '.join(DTYPES)}")
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or None for a hub id."""
+        path = Path(self.model).expanduser()
+        return path if path.is_dir() else None
+
+
+def load_causal_lm(source: ModelSource) -> PreTrainedModel:
+    """The decoder-only language model at `source`, in evaluation mode on the CPU, in the stated dtype.
+
+    Raises ModelError for a folder that is not there, pickled weights, encoder-decoder and vision models, or a hub out of reach.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    check_config(load_config(source), source.model)
+    options: dict[str, Any] = _options(source) | {"dtype": getattr(torch, source.dtype)}
+    if source.gguf_file is None:
+        options["use_safetensors"] = True
+    with _one_line(source, "model"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.model, **options)
+    if source.gguf_file is not None:
+        make_serialisable(model)
+    return model.eval()
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """The model's configuration, after checks on the folder that need no library."""
+    from transformers import AutoConfig
+
+    _check_source(source)
+    with _one_line(source, "model"):
+        return AutoConfig.from_pretrained(source.model, **_options(source))
+
+
+def check_config(config: PretrainedConfig, where: str) -> None:
+    """Refuse what is not a text decoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError("encoder-decoder models are not supported", where=where, fix="use a decoder-only language model")
+    if hasattr(config, "vision_config"):
+        raise ModelError("vision-language models are not supported", where=where, fix="use a text-only language model")
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer kept with the model at `source`."""
+    from transformers import AutoTokenizer
+
+    _check_source(source)
+    with _one_line(source, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.model, **_options(source))
+    return tokenizer
+
+
+def attach_adapter(model: PreTrainedModel, adapter: str) -> nn.Module:
+    """`model` with the PEFT adapter in folder or hub id `adapter` switched on, frozen. Undo with `detach_adapter`."""
+    from peft import PeftModel
+
+    folder = Path(adapter).expanduser()
+    if looks_like_path(adapter) and not (folder / "adapter_config.json").is_file():
+        raise ModelError("no adapter_config.json there", where=adapter, fix="give the folder of a saved PEFT adapter")
+    if folder.is_dir():
+        _refuse_pickles(folder, adapter)
+    with _one_line(ModelSource(adapter), "adapter"):
+        wrapped = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
+    refuse_prompt_learning(wrapped, adapter)
+    return wrapped.eval()
+
+
+def detach_adapter(model: Any) -> PreTrainedModel:
+    """The base model again, as it was before `attach_adapter`."""
+    base: PreTrainedModel = model.unload()
+    return base
+
+
+def refuse_prompt_learning(model: Any, where: str) -> None:
+    """Prompt, prefix and p-tuning add virtual tokens, which the shared-prompt layout has no place for."""
+    if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
+        raise ModelError("prompt-learning adapters are not supported", where=where, fix="use LoRA or another weight adapter")
+
+
+def make_serialisable(model: PreTrainedModel) -> None:
+    """Drop what is left of the GGUF loader after dequantisation, so that `save_pretrained` works."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+
+def looks_like_path(name: str) -> bool:
+    """True for what can only be meant as a path: it exists, or it is no `owner/name` hub id."""
+    return Path(name).expanduser().exists() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None or name.startswith(".")
+
+
+def cache_home() -> Path:
+    """$POLYREF_CACHE, or ~/.cache/polyref: where log-probs and downloaded demonstration models are kept."""
+    return Path(os.environ.get("POLYREF_CACHE") or Path.home() / ".cache" / "polyref")
+
+
+def weights_fingerprint(source: ModelSource) -> str:
+    """xxh3-128 of the weight files at `source` (hex): the same weights give the same value under any path.
+
+    A file in the hub's cache is already stored under its content hash, which is then used instead of reading it.
+    """
+    _check_source(source)
+    return _folder_fingerprint(source.folder or _hub_snapshot(source), source.gguf_file)
+
+
+def adapter_fingerprint(adapter: str | None) -> str:
+    """As `weights_fingerprint`, for a PEFT adapter's weights and configuration. The empty string for none."""
+    if adapter is None:
+        return ""
+    source = ModelSource(adapter)
+    folder = source.folder or _hub_snapshot(source)
+    return _folder_fingerprint(folder, None) + _file_fingerprint(*_identity(folder / "adapter_config.json"))
+
+
+def module_fingerprint(model: nn.Module) -> str:
+    """xxh3-128 of a model in memory: names, dtypes, shapes and bytes of its state, adapters left out."""
+    import torch
+    import xxhash
+
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+    state = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if not (prefix and prefix in name) and ".modules_to_save." not in name
+    }
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def default_device() -> torch.device:
+    """The accelerator, if there is one."""
+    import torch
+
+    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def _options(source: ModelSource) -> dict[str, Any]:
+    options = {"gguf_file": source.gguf_file, "revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_source(source: ModelSource) -> None:
+    folder = source.folder
+    if folder is None:
+        if looks_like_path(source.model):
+            raise ModelError("no such folder", where=source.model, fix="give a hub id or a folder with config.json and safetensors")
+        return
+    if source.gguf_file is not None:
+        if not (folder / source.gguf_file).is_file():
+            raise ModelError(f"no file {source.gguf_file} there", where=source.model, fix="name a GGUF file in that folder")
+        return
+    if not (folder / "config.json").is_file():
+        raise ModelError("no config.json there", where=source.model, fix="give a folder written by save_pretrained")
+    _refuse_pickles(folder, source.model)
+
+
+def _refuse_pickles(folder: Path, where: str) -> None:
+    if not any(folder.glob("*.safetensors")) and any(next(folder.glob(p), None) for p in _PICKLES):
+        raise ModelError(
+            "its weights are pickled, and a pickle can run code",
+            where=where,
+            fix="convert it with save_pretrained(..., safe_serialization=True) on a machine you trust",
+        )
+
+
+@contextmanager
+def _one_line(source: ModelSource, what: str) -> Iterator[None]:
+    """Turn the many errors of loading into one line that says what to do."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        kind = "folder" if source.folder else "hub id"
+        fix = "check the folder" if source.folder else "check the name and the network, or give a local folder"
+        raise ModelError(f"cannot load the {what} from this {kind}: {type(error).__name__}: {error}", where=source.model, fix=fix) from error
+
+
+def _hub_snapshot(source: ModelSource) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [source.gguf_file] if source.gguf_file else ["*.safetensors", "adapter_config.json"]
+    with _one_line(source, "weights"):
+        return Path(snapshot_download(source.model, revision=source.revision, allow_patterns=patterns))
+
+
+def _folder_fingerprint(folder: Path, gguf_file: str | None) -> str:
+    import xxhash
+
+    files = [folder / gguf_file] if gguf_file else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError("no safetensors weights there", where=str(folder), fix="save the model with save_pretrained")
+    digest = xxhash.xxh3_128()
+    for file in files:
+        digest.update(_file_fingerprint(*_identity(file)).encode())
+    return digest.hexdigest()
+
+
+def _identity(file: Path) -> tuple[str, int, int]:
+    resolved = file.resolve()
+    status = os.stat(resolved)
+    return str(resolved), status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=256)
+def _file_fingerprint(path: str, size: int, modified: int) -> str:
+    import xxhash
+
+    name = Path(path).name
+    if Path(path).parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", name):
+        return name
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""Settings of preference training: transformers' TrainingArguments, and what many references add, under TRL's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from polyref.errors import ConfigError
+from polyref.objectives.pairwise import PairLoss, pair_loss
+
+LossType = Literal["sigmoid", "hinge", "ipo", "smoothed", "robust"]
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """Every option of `PreferenceTrainer`. Wrong values raise ConfigError here, before a model is loaded."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps, or this share of all steps below 1."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the trainer makes its own columns."})
+
+    beta: float = field(
+        default=0.1, metadata={"help": "KL strength, above 0: larger keeps the policy closer to the references."}
+    )
+    loss_type: LossType = field(
+        default="sigmoid",
+        metadata={"help": "Pair loss: sigmoid (DPO), hinge, ipo, smoothed (cDPO) or robust (rDPO)."},
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "Assumed rate of flipped labels, in [0, 0.5), for smoothed and robust; with sigmoid it means smoothed."},
+    )
+    divergence: Literal["reverse", "forward"] = field(
+        default="reverse",
+        metadata={"help": "KL direction. reverse goes with geometric or arithmetic references, forward with arithmetic ones."},
+    )
+    length_normalise: bool = field(
+        default=False,
+        metadata={"help": "Divide each log-ratio by its completion's token count (what TRL does for ipo). Reverse KL only."},
+    )
+    dr_beta: float | None = field(
+        default=None,
+        metadata={"help": "Dr-DPO's beta', above 1: replaces the batch mean by a soft worst case. One process, no accumulation."},
+    )
+    max_length: int | None = field(default=1024, metadata={"help": "Longest prompt + completion in tokens; longer ones are cut."})
+    truncation_mode: Literal["keep_start", "keep_end"] = field(
+        default="keep_start", metadata={"help": "Which end of a sequence that is too long is kept."}
+    )
+    prompt_format: Literal["as_is", "chat", "transcript"] = field(
+        default="as_is",
+        metadata={"help": "as_is; chat (strings become one user and one assistant turn); transcript (Human/Assistant turns)."},
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Set dropout to 0, so that log-ratios start at exactly 0."})
+    precompute_ref_log_probs: bool = field(
+        default=True, metadata={"help": "Reference log-probs are always made before training and cached; false is refused."}
+    )
+    precompute_ref_batch_size: int = field(default=8, metadata={"help": "Prompts scored at once under a reference."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the log-prob cache; by default $POLYREF_CACHE or ~/.cache/polyref."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        self.pair_loss()
+        if self.divergence not in ("reverse", "forward"):
+            raise ConfigError(f"unknown divergence {self.divergence!r}", fix="use reverse or forward")
+        if self.truncation_mode not in ("keep_start", "keep_end"):
+            raise ConfigError(f"unknown truncation_mode {self.truncation_mode!r}", fix="use keep_start or keep_end")
+        if self.prompt_format not in ("as_is", "chat", "transcript"):
+            raise ConfigError(f"unknown prompt_format {self.prompt_format!r}", fix="use as_is, chat or transcript")
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"max_length is {self.max_length}", fix="leave room for a prompt and a completion token: at least 2")
+        if self.length_normalise and self.divergence == "forward":
+            raise ConfigError("length_normalise has no meaning under forward KL", fix="use divergence: reverse")
+        if self.dr_beta is not None and not self.dr_beta > 1:
+            raise ConfigError(f"dr_beta is {self.dr_beta}", fix="give a value above 1")
+        if self.dr_beta is not None and self.gradient_accumulation_steps > 1:
+            raise ConfigError(
+                "dr_beta needs the whole effective batch in one forward pass",
+                fix="set gradient_accumulation_steps to 1 and raise per_device_train_batch_size",
+            )
+        if not self.precompute_ref_log_probs:
+            raise ConfigError("precompute_ref_log_probs is false", fix="leave it true: references are scored once, through the cache")
+        if self.precompute_ref_batch_size < 1:
+            raise ConfigError(f"precompute_ref_batch_size is {self.precompute_ref_batch_size}", fix="give at least 1")
+        if self.remove_unused_columns:
+            raise ConfigError("remove_unused_columns is true", fix="leave it false: the trainer makes its own columns")
+
+    def pair_loss(self) -> PairLoss:
+        """The pair loss these settings name. As in TRL, sigmoid with label_smoothing is the smoothed loss."""
+        smoothed = self.loss_type == "sigmoid" and self.label_smoothing > 0
+        return pair_loss("smoothed" if smoothed else self.loss_type, self.beta, self.label_smoothing)

@@ -1,0 +1,64 @@
+"""What a careful person watches during preference training, watched for them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from polyref.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+
+def check_starts_at_reference(logps: Tensor, anchor: Tensor, dtype: torch.dtype) -> None:
+    """Refuse to train a policy whose log-ratios to its own starting point are not 0: logps, anchor (B, 2) in nats.
+
+    Rounding of `dtype` is allowed for. A larger gap means dropout, another dtype or another adapter state, and every reward
+    would be measured from the wrong origin.
+    """
+    gap = (logps.detach() - anchor).abs().max()
+    allowed = 64 * torch.finfo(dtype).eps * anchor.abs().max() + 1e-4
+    if gap > allowed:
+        raise ModelError(
+            f"policy and reference are the same model, but their log-probabilities differ by {float(gap):.3g} nats at step 0",
+            fix="switch dropout off and score both in one dtype",
+        )
+
+
+class FallingChosenWarning(TrainerCallback):
+    """Says once, in plain words, when the chosen completions lose probability while the margins grow.
+
+    `logps/chosen` averaged over the last `window` log lines is compared with its first value; a fall of more than `share` of it,
+    with margins above their first value, warns.
+    """
+
+    def __init__(self, window: int = 3, share: float = 0.05) -> None:
+        self.window, self.share = window, share
+        self.history: list[tuple[float, float]] = []
+        self.warned = False
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Judge the newest log line."""
+        if self.warned or not logs or "logps/chosen" not in logs:
+            return
+        self.history.append((logs["logps/chosen"], logs["rewards/margins"]))
+        if len(self.history) <= self.window:
+            return
+        (first, first_margin), recent = self.history[0], self.history[-self.window :]
+        now = sum(chosen for chosen, _ in recent) / self.window
+        margin = sum(m for _, m in recent) / self.window
+        if now < first - self.share * abs(first) and margin > first_margin:
+            self.warned = True
+            logger.warning(
+                "chosen completions lost probability (mean log-prob %.1f, at first %.1f) while margins grew: the policy learns to "
+                "avoid the rejected ones by moving mass to completions in neither column. Raise beta, lower learning_rate, stop "
+                "earlier, or mix in supervised training on the chosen completions.",
+                now,
+                first,
+            )
