@@ -10,7 +10,7 @@ from polyref.data.fields import READERS, Refusal, kind
 from polyref.data.prompts import settle_texts
 from polyref.data.transcripts import parse_reply, parse_transcript
 from polyref.errors import ConfigError, DataError
-from polyref.types import Message, PreferenceRecord
+from polyref.types import Message, PreferenceRecord, Text
 
 FIELDS = tuple(READERS)
 """The columns of a row. `prompt` may be implicit and the last three are optional; any other column is left alone."""
@@ -119,3 +119,18 @@ def to_messages(record: PreferenceRecord, prompt_format: str, *, columns: Mappin
 
 def _one_turn(role: str, text: object) -> tuple[Message, ...]:
     return ({"role": role, "content": str(text)},)
+
+
+def record_to_row(record: PreferenceRecord) -> dict[str, Any]:
+    """The row that `parse_record` reads `record` from, without the optional columns it does not set."""
+    texts = {field: text if isinstance(text, str) else list(text) for field, text in _texts(record)}
+    optional = {
+        "chosen_probability": record.chosen_probability,
+        "reference_weights": list(record.reference_weights) if record.reference_weights is not None else None,
+        "margin": record.margin,
+    }
+    return texts | {field: value for field, value in optional.items() if value is not None}
+
+
+def _texts(record: PreferenceRecord) -> tuple[tuple[str, Text], ...]:
+    return ("prompt", record.prompt), ("chosen", record.chosen), ("rejected", record.rejected)

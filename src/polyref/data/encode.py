@@ -1,0 +1,188 @@
+"""The text a tokenizer's model reads for a record, its token ids, and where the prompt ends in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+from polyref.errors import DataError, ModelError, ReferenceSetError
+from polyref.types import Message, PreferenceRecord, TokenizedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ids = tuple[int, ...]
+Turns = tuple[Message, ...]
+
+_RECORDS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """What the model reads for a record: `prompt`, and `chosen` and `rejected` as prompt and completion together.
+
+    `chat` says that a chat template wrote it, special tokens included; a completion that is `cut` gets no end-of-turn.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    chat: bool
+    chosen_cut: bool = False
+    rejected_cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Token ids of a `Rendering`, ends of turn settled. `prompt` need not be a beginning of `chosen` and `rejected`."""
+
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+    chosen_cut: bool = False
+    rejected_cut: bool = False
+
+    @property
+    def boundary(self) -> int:
+        """The number of leading tokens that prompt, chosen and rejected share."""
+        return min(common_start(self.prompt, self.chosen), common_start(self.prompt, self.rejected))
+
+    def split(self, at: int) -> TokenizedPair:
+        """The pair whose prompt is the first `at` tokens."""
+        return TokenizedPair(
+            self.chosen[:at], self.chosen[at:], self.rejected[at:], chosen_cut=self.chosen_cut, rejected_cut=self.rejected_cut
+        )
+
+
+def common_start(first: Sequence[int], second: Sequence[int]) -> int:
+    """The number of leading tokens two sequences share."""
+    shorter = min(len(first), len(second))
+    if first[:shorter] == second[:shorter]:
+        return shorter
+    return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+
+
+def render_record(record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> Rendering:
+    """`record` as the text that `tokenizer`'s model reads.
+
+    Strings are raw text, after the system prompt and a blank line if there is one. Messages go through the chat template, the
+    prompt with its generation prompt; the system prompt becomes the first message. Errors: `ReferenceSetError` where the
+    record has a system message already; `ModelError` where the template is missing, refuses the messages, or leaves the
+    system prompt out.
+    """
+    prompt, chosen, rejected = record.prompt, record.chosen, record.rejected
+    if isinstance(prompt, str):
+        prompt = f"{system_prompt}\n\n{prompt}" if system_prompt else prompt
+        return Rendering(prompt, f"{prompt}{chosen}", f"{prompt}{rejected}", chat=False)
+    messages = list(prompt)
+    where = f"{record.source}, row {record.row}"
+    if system_prompt:
+        if any(message["role"] == "system" for message in messages):
+            fix = "drop the system message of the data, or the system prompt of the model"
+            raise ReferenceSetError("a system prompt is set, but the record has a system message", where=where, fix=fix)
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    rendered, whole_chosen, whole_rejected = (
+        _apply_template(tokenizer, [*messages, *turns], where, add_generation_prompt=not turns)
+        for turns in ((), cast(Turns, chosen), cast(Turns, rejected))
+    )
+    if system_prompt and system_prompt.strip() not in rendered:
+        fix = "use a model whose template takes a system prompt, or set none"
+        raise ModelError("the chat template leaves the system prompt out", where=_name(tokenizer), fix=fix)
+    return Rendering(rendered, whole_chosen, whole_rejected, chat=True)
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, *, add_generation_prompt: bool
+) -> str:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        fix = "use a model that has one, or data as plain text with prompt_format 'as_is'"
+        raise ModelError("there is no chat template, and the data holds messages", where=_name(tokenizer), fix=fix)
+    try:
+        return str(
+            tokenizer.apply_chat_template(cast(Any, messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+    except TemplateError as error:
+        fix = "change the roles of the row, or use another model"
+        raise ModelError(f"the chat template refuses the messages ({error})", where=where, fix=fix) from error
+
+
+class Encoder:
+    """Turns renderings into token ids with one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.eos: int | None = tokenizer.eos_token_id
+        added = tokenizer.added_tokens_decoder
+        self._special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        self._blank: dict[int, bool] = {}
+        self._opening = self._opening_ids()
+
+    def _opening_ids(self) -> Ids:
+        """The special tokens that the tokenizer puts before raw text; those behind it, if any, are not wanted."""
+        text = "a"
+        bare, dressed = self._ids([text])[0], tuple(self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+        starts = (i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
+        return dressed[: next(starts, 0)]
+
+    def _ids(self, texts: list[str]) -> list[Ids]:
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [tuple(ids) for ids in encoded["input_ids"]]
+
+    def encode(self, renderings: Iterable[Rendering]) -> Iterator[Encoding]:
+        """The encoding of each rendering, in order; many are tokenised at once."""
+        waiting = iter(renderings)
+        while some := list(islice(waiting, _RECORDS_AT_ONCE)):
+            ids = self._ids([text for r in some for text in (r.prompt, r.chosen, r.rejected)])
+            for number, rendering in enumerate(some):
+                yield self._settle(rendering, *ids[3 * number : 3 * number + 3])
+
+    def _settle(self, rendering: Rendering, prompt: Ids, chosen: Ids, rejected: Ids) -> Encoding:
+        close: Callable[[Ids, int], Ids] = self._without_tail if rendering.chat else self._with_eos
+        opening = () if rendering.chat else self._opening
+        start = len(prompt)
+        return Encoding(
+            opening + prompt,
+            opening + (chosen if rendering.chosen_cut else close(chosen, start)),
+            opening + (rejected if rendering.rejected_cut else close(rejected, start)),
+            rendering.chosen_cut,
+            rendering.rejected_cut,
+        )
+
+    def _with_eos(self, ids: Ids, start: int) -> Ids:
+        """`ids` with the end-of-sequence token at the end, where the tokenizer has one and the completion has none."""
+        if self.eos is None or (len(ids) > start and ids[-1] == self.eos):
+            return ids
+        return (*ids, self.eos)
+
+    def _without_tail(self, ids: Ids, start: int) -> Ids:
+        """`ids` up to the token that ends the turn: a model never generates what a template writes after it."""
+        end = len(ids)
+        for i in range(len(ids) - 1, start - 1, -1):
+            if ids[i] in self._special:
+                end = i + 1
+            elif not self._is_blank(ids[i]):
+                break
+        return ids[:end]
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False)).strip()
+        return self._blank[token]
+
+
+def checked_boundary(encoding: Encoding, record: PreferenceRecord) -> int:
+    """`encoding.boundary`, refused where nothing of the prompt is left before it: the first token would have no condition."""
+    boundary = encoding.boundary
+    if boundary == 0:
+        fix = "lengthen the prompt, or use a tokenizer with a beginning-of-sequence token"
+        where = f"{record.source}, row {record.row}, column prompt"
+        raise DataError("no token of the prompt is left whole before the completions", where=where, fix=fix)
+    return boundary
