@@ -34,7 +34,6 @@ class ScoreSettings:
         batch_size: prompts scored at once.
         cache_dir: folder of the cache; by default $POLYREF_CACHE or ~/.cache/polyref.
         output: also write one row a pair, with the log-probs of chosen and rejected under every reference, to this .parquet file.
-        seed: of held_out.
     """
 
     model: str
@@ -46,7 +45,6 @@ class ScoreSettings:
     batch_size: int = 8
     cache_dir: str | None = None
     output: str | None = None
-    seed: int = 0
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -66,7 +64,7 @@ def run(settings: Namespace) -> None:
     values = vars(settings)
     own, data = ScoreSettings(**pick(values, ScoreSettings)), DataSettings(**pick(values, DataSettings))
     tokenizer = load_tokenizer(ModelSource(own.model, own.gguf_file))
-    train, held_out = data.load(own.prompt_format, own.seed)
+    train, held_out = data.load(own.prompt_format)
     tokens = tokenize_records(train + held_out, tokenizer, max_length=own.max_length, truncation_mode=own.truncation_mode)
     logger.info("%s", tokens.report)
     cache = Path(own.cache_dir) if own.cache_dir else cache_home() / "logprobs"

@@ -22,6 +22,7 @@ class DataSettings:
         columns: other column names, as in {prompt: question}.
         limit: use only so many pairs, the first ones after held_out was taken.
         held_out: pairs (or a share below 1) kept for evaluation, split by prompt so that no prompt is on both sides.
+        split_seed: which prompts held_out takes; apart from the training seed, so that seeds share one held-out set.
         data_revision: revision of a hub data set.
     """
 
@@ -31,9 +32,10 @@ class DataSettings:
     columns: dict[str, str] | None = None
     limit: int | None = None
     held_out: float = 0.0
+    split_seed: int = 0
     data_revision: str | None = None
 
-    def load(self, prompt_format: Literal["as_is", "chat", "transcript"], seed: int) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
+    def load(self, prompt_format: Literal["as_is", "chat", "transcript"]) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
         """(training, held-out) records."""
         if self.held_out < 0:
             raise ConfigError(f"held_out is {self.held_out}", fix="give a number of pairs, or a share below 1")
@@ -48,7 +50,7 @@ class DataSettings:
         train, held_out = load(self.data), load(self.eval_data) if self.eval_data else []
         if self.held_out:
             amount = int(self.held_out) if self.held_out >= 1 else self.held_out
-            train, held_out = split_by_prompt(train, held_out=amount, seed=seed)
+            train, held_out = split_by_prompt(train, held_out=amount, seed=self.split_seed)
         return train[: self.limit], held_out
 
 

@@ -121,7 +121,7 @@ def _train_in(
     from polyref.training.checkpoints import last_checkpoint, save_policy
     from polyref.training.preference_trainer import PreferenceTrainer
 
-    records, held_out = data.load(args.prompt_format, args.seed)
+    records, held_out = data.load(args.prompt_format)
     source = ModelSource(policy.model, policy.gguf_file, policy.dtype, policy.revision, policy.trust_remote_code)
     tokenizer, model = load_tokenizer(source), load_causal_lm(source)
     model.train()

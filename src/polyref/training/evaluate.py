@@ -7,19 +7,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from polyref.data.sources import prompt_key
 from polyref.objectives.metrics import mean_interval, preference_accuracy
 from polyref.training.dataset import ScoredPairs
 from polyref.training.preference_trainer import PreferenceTrainer
 
 
 def preference_report(trainer: PreferenceTrainer, dataset: ScoredPairs, *, seed: int = 0) -> dict[str, Any]:
-    """Accuracy and margin of the implied reward difference h on `dataset`, and the same for plain log-probabilities.
+    """Accuracy and margin of the implied reward difference h on `dataset`.
 
     `accuracy` is the mean over pairs of 1[h > 0] (a tie counts 1/2), `margin` the mean of h in reward units; each is
-    [mean, low, high] with a 95% interval from a bootstrap over prompts. `h` keeps the values, pair by pair.
+    [mean, low, high] with a 95% interval from a bootstrap over prompts. `h` keeps the values, pair by pair, and `prompt_ids` says which pairs share a prompt.
     """
     h = np.asarray(trainer.predict(dataset).predictions, dtype=np.float64)  # type: ignore[arg-type]
-    prompts = [repr(pair.record.prompt) for pair in dataset.pairs]
+    numbers: dict[str, int] = {}
+    prompts = [numbers.setdefault(prompt_key(pair.record.prompt), len(numbers)) for pair in dataset.pairs]
     correct = preference_accuracy(torch.from_numpy(h)).numpy()
     return {
         "pairs": len(h),
@@ -27,4 +29,5 @@ def preference_report(trainer: PreferenceTrainer, dataset: ScoredPairs, *, seed:
         "accuracy": list(mean_interval(correct, prompts, seed=seed)),
         "margin": list(mean_interval(h, prompts, seed=seed)),
         "h": h.tolist(),
+        "prompt_ids": prompts,
     }
