@@ -1,0 +1,137 @@
+"""What the documents say about the code is true: names exist, tables are complete, commands are the ones CI runs."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+TREE_ROOMS = ("src/polyref", "examples", "benchmarks", "configs")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def resolve(dotted: str) -> Any:
+    """The object at `dotted`: the longest importable prefix, then attributes."""
+    parts = dotted.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[cut:]:
+            found = getattr(found, attribute)
+        return found
+    raise AssertionError(f"{dotted} does not exist")
+
+
+def first_column(text: str) -> dict[str, str]:
+    """The rows of every table in `text` by the back-quoted name in their first column."""
+    rows = re.findall(r"^\| (`.+?`(?:, `.+?`)*) \|(.*)\|$", text, flags=re.M)
+    return {name: rest for names, rest in rows for name in re.findall(r"`(.+?)`", names)}
+
+
+def test_the_two_commands_are_what_ci_runs() -> None:
+    commands = re.findall(r"^pip install .*$", read("README.md"), flags=re.M)
+    assert len(commands) == 2
+    assert all(f'="{command}"\n' in read(".ci/run") for command in commands)
+
+
+def test_the_tree_names_every_file_with_a_comment() -> None:
+    tree = re.search(r"```text\n(polyref/\n.*?)```", read("README.md"), flags=re.S)
+    assert tree
+    named, folders = set(), []
+    for line in tree[1].splitlines()[1:]:
+        entry = re.fullmatch(r"((?:  )+)(\S+)(?:  +(\S.*))?", line)
+        assert entry, line
+        depth = len(entry[1]) // 2
+        folders[depth - 1 :] = [entry[2]]
+        assert entry[3] or entry[2].endswith("/"), f"no comment: {line}"
+        named.add("".join(folders))
+    missing = {name for name in named if not (ROOT / name).exists()}
+    assert not missing
+    files = (path for room in TREE_ROOMS for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py")
+    unnamed = {path.relative_to(ROOT).as_posix() for path in files} - named
+    assert not unnamed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_are_python_and_import_what_exists(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("polyref"):
+                for name in node.names:
+                    resolve(f"{node.module}.{name.name}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_dotted_names_and_tests_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`(polyref(?:\.\w+)+)`", text):
+        resolve(name)
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
+        source = read(file)
+        assert not test or f"def {test}(" in source, f"{file} has no {test}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_training_option_is_documented_with_its_default() -> None:
+    from transformers import TrainingArguments
+
+    from polyref import PreferenceConfig
+
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    rows = first_column(read("docs/training.md"))
+    for field in dataclasses.fields(PreferenceConfig):
+        if field.name not in inherited:
+            default = "none" if field.default is None else f"`{str(field.default).lower()}`"
+            assert rows[field.name].split(" | ")[0].strip() == default, field.name
+
+
+def test_every_field_of_a_reference_is_documented() -> None:
+    from polyref import Reference
+
+    assert {field.name for field in dataclasses.fields(Reference)} <= first_column(read("docs/references.md")).keys()
+
+
+def test_every_column_and_error_is_documented() -> None:
+    from polyref import errors
+    from polyref.types import PreferenceRecord
+
+    columns = {field.name for field in dataclasses.fields(PreferenceRecord)} - {"source", "row"}
+    assert columns <= first_column(read("docs/data.md")).keys()
+    classes = {name for name, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, errors.PolyrefError)}
+    assert classes - {"PolyrefError", "InputError"} <= first_column(read("docs/errors.md")).keys()
+
+
+def test_every_verb_and_setting_is_documented() -> None:
+    from polyref.cli import quickstart, score, settings, train
+    from polyref.cli.main import VERBS
+
+    page = read("docs/cli.md")
+    assert {f"polyref {verb}" for verb in VERBS} <= set(re.findall(r"^## `(.+)`$", page, flags=re.M))
+    rows = first_column(page)
+    for group in (
+        quickstart.QuickstartSettings,
+        score.ScoreSettings,
+        train.PolicySettings,
+        settings.DataSettings,
+        settings.LoraSettings,
+    ):
+        missing = {field.name for field in dataclasses.fields(group)} - rows.keys()
+        assert not missing, f"{group.__name__}: {missing}"
