@@ -115,13 +115,14 @@ def _apply_template(
 
 
 class Encoder:
-    """Turns renderings into token ids with one tokenizer."""
+    """Turns renderings into token ids with one `tokenizer`, whose special tokens are spelt `special_texts`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.eos: int | None = tokenizer.eos_token_id
         added = tokenizer.added_tokens_decoder
         self._special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        self.special_texts = tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(self._special))
         self._blank: dict[int, bool] = {}
         self._opening = self._opening_ids()
 

@@ -9,6 +9,7 @@ from polyref.data.fields import Refusal
 from polyref.data.transcripts import HUMAN, cut_transcripts
 from polyref.types import Message, Text
 
+IDENTICAL = "is identical to chosen"
 _NO_PROMPT = Refusal("there is no prompt, and chosen and rejected begin differently", "add a prompt column", "prompt")
 
 
@@ -21,7 +22,7 @@ def settle_texts(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Tex
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise Refusal("is not of one kind with chosen", "give both as text, or both as messages", "rejected")
     if chosen == rejected:
-        raise Refusal("is identical to chosen", "remove the row: it states no preference", "rejected")
+        raise Refusal(IDENTICAL, "remove the row: it states no preference", "rejected")
     if isinstance(chosen, str):
         return _settle_strings(prompt, chosen, cast(str, rejected))
     return _settle_messages(prompt, chosen, cast(tuple[Message, ...], rejected))

@@ -77,6 +77,13 @@ def source_name(source: object) -> str:
     return str(source) if isinstance(source, str | Path) else _IN_MEMORY
 
 
+def has_splits(source: object) -> bool:
+    """Whether `split` means anything to `source`: a hub id, a folder, or a DatasetDict."""
+    if isinstance(source, str | Path):
+        return not str(source).startswith(PACKAGED_PREFIX) and not Path(source).expanduser().is_file()
+    return type(source).__module__.partition(".")[0] == "datasets" and isinstance(source, Mapping)
+
+
 def read_rows(source: object, *, split: str = "train", revision: str | None = None) -> Iterator[Row]:
     """The rows of any source (arguments as `load_preferences`); a row that cannot be read has a `DataError` as its value."""
     if isinstance(source, str | Path):

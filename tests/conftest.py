@@ -1,0 +1,28 @@
+"""Fixtures that tests of several rooms share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fakes import byte_tokenizer
+from hypothesis import settings
+from transformers import PreTrainedTokenizerFast
+
+settings.register_profile("polyref", deadline=None, max_examples=60)
+settings.load_profile("polyref")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the repository; tests that need it are skipped where there is none."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real data is not here: {folder.name} is looked for in shared/ beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, 260 tokens, with <pad>, <bos>, <eos> and a ChatML-like template."""
+    return byte_tokenizer()
