@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from fakes import byte_tokenizer
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 TREE_ROOMS = ("src/polyref", "examples", "benchmarks", "configs")
@@ -88,6 +90,29 @@ def test_dotted_names_and_tests_exist(page: Path) -> None:
 def test_relative_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer(bos=False)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    for part in (LlamaForCausalLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    example = re.search(r"^```python\n(.*?)^```", read("README.md"), flags=re.S | re.M)
+    assert example
+    code, changes = example[1], {'"HuggingFaceTB/SmolLM2-135M-Instruct"': '"model"', '"chat")': '"chat", limit=40)'}
+    for old, new in changes.items():
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POLYREF_CACHE", "cache")
+    exec(code, {})
+    assert 0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 1
 
 
 def test_every_training_option_is_documented_with_its_default() -> None:
