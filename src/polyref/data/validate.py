@@ -12,7 +12,7 @@ from polyref.data.prompts import IDENTICAL
 from polyref.data.records import RowError, read_record, to_messages
 from polyref.data.sources import check_weight_count, has_splits, prompt_key, read_rows, source_name
 from polyref.data.truncate import check_truncation, truncate_pair
-from polyref.errors import DataError, InputError, one_line
+from polyref.errors import DataError, one_line
 from polyref.types import PreferenceRecord, Text
 
 if TYPE_CHECKING:
@@ -85,9 +85,9 @@ def validate_preferences(
 ) -> ValidationReport:
     """Check all of `source`, collecting every bad row instead of stopping at the first.
 
-    `source` is what `load_preferences` takes, or a dict of such from the name of a split to its data; `splits` picks the
-    splits of a hub id, folder or DatasetDict, and does not matter to the rest. With a `tokenizer`, lengths are in tokens and
-    every record goes through it. Errors: `DataError` where there is nothing to read; `ConfigError` for settings.
+    `source` is what `load_preferences` takes, or a dict of such from a name to its data; `splits` picks the splits of a hub
+    id, folder or DatasetDict, and does not matter to the rest. With a `tokenizer`, lengths are in tokens and every record goes
+    through it. Errors: `DataError` where any of it holds no rows; `ConfigError` for settings.
     """
     check_truncation(max_length, truncation_mode)
     tally = _Tally(Encoder(tokenizer) if tokenizer is not None else None, max_length, truncation_mode)
@@ -103,15 +103,16 @@ def validate_preferences(
                 tally.refuse(problem, row.source)
             if record is not None:
                 tally.take(name, record, prompt_format, columns)
-    if not any(tally.rows.values()):
-        raise DataError("there are no rows", where=source_name(source), fix="give data with at least one pair")
+        if not tally.rows[name]:
+            raise DataError("there are no rows", where=source_name(part), fix="give data with at least one pair")
     return tally.report()
 
 
 def _parts(source: Any, splits: Sequence[str]) -> list[tuple[str, Any, str]]:
     """(name, source, split) of every part to read."""
     if isinstance(source, Mapping) and not has_splits(source):
-        return [(name, part, "train") for name, part in source.items()]
+        found = [(name, _parts(part, splits)) for name, part in source.items()]
+        return [(f"{name} {split}" if some[1:] else name, part, split) for name, some in found for _, part, split in some]
     names = list(dict.fromkeys(splits)) or ["train"]
     return [(name, source, name) for name in (names if has_splits(source) else names[:1])]
 
@@ -132,7 +133,7 @@ class _Tally:
     problems: list[RowProblem] = field(default_factory=list)
     first: PreferenceRecord | None = None
 
-    def refuse(self, error: InputError, file: str) -> None:
+    def refuse(self, error: DataError, file: str) -> None:
         if isinstance(error, RowError):
             self.counts["identical"] += error.what == IDENTICAL
             column = one_line(error.column) if error.column else None
@@ -148,9 +149,6 @@ class _Tally:
             encoding = self._encode(record)
         except DataError as error:
             self.refuse(error, record.source)
-            return
-        except InputError as error:
-            self.problems.append(RowProblem(one_line(record.source), record.row, None, error.what, error.fix))
             return
         self.pairs[split] += 1
         self._count(split, record)
