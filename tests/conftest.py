@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fakes import byte_tokenizer
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
+
+from fakes import byte_tokenizer
 
 settings.register_profile("polyref", deadline=None, max_examples=60)
 settings.load_profile("polyref")

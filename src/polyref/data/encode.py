@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
-from polyref.errors import DataError, ModelError, ReferenceSetError
+from polyref.data.records import RowError
+from polyref.errors import ModelError, ReferenceSetError
 from polyref.types import Message, PreferenceRecord, TokenizedPair
 
 if TYPE_CHECKING:
@@ -69,24 +70,32 @@ def render_record(record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, 
 
     Strings are raw text, after the system prompt and a blank line if there is one. Messages go through the chat template, the
     prompt with its generation prompt; the system prompt becomes the first message. Errors: `ReferenceSetError` where the
-    record has a system message already; `ModelError` where the template is missing, refuses the messages, or leaves the
-    system prompt out.
+    record has a system message already; `RowError` where the template refuses its messages; `ModelError` where there is no
+    template, or it leaves the system prompt out.
     """
+    from jinja2 import TemplateError
+
     prompt, chosen, rejected = record.prompt, record.chosen, record.rejected
     if isinstance(prompt, str):
         prompt = f"{system_prompt}\n\n{prompt}" if system_prompt else prompt
         return Rendering(prompt, f"{prompt}{chosen}", f"{prompt}{rejected}", chat=False)
     messages = list(prompt)
-    where = f"{record.source}, row {record.row}"
     if system_prompt:
         if any(message["role"] == "system" for message in messages):
-            fix = "drop the system message of the data, or the system prompt of the model"
+            where, fix = (
+                f"{record.source}, row {record.row}",
+                "drop the system message of the data, or the system prompt of the model",
+            )
             raise ReferenceSetError("a system prompt is set, but the record has a system message", where=where, fix=fix)
         messages.insert(0, {"role": "system", "content": system_prompt})
-    rendered, whole_chosen, whole_rejected = (
-        _apply_template(tokenizer, [*messages, *turns], where, add_generation_prompt=not turns)
-        for turns in ((), cast(Turns, chosen), cast(Turns, rejected))
-    )
+    try:
+        rendered, whole_chosen, whole_rejected = (
+            _apply_template(tokenizer, [*messages, *turns], add_generation_prompt=not turns)
+            for turns in ((), cast(Turns, chosen), cast(Turns, rejected))
+        )
+    except TemplateError as error:
+        what, fix = f"the chat template refuses the messages ({error})", "change the roles of the row, or use another model"
+        raise RowError(what, source=record.source, row=record.row, fix=fix) from error
     if system_prompt and system_prompt.strip() not in rendered:
         fix = "use a model whose template takes a system prompt, or set none"
         raise ModelError("the chat template leaves the system prompt out", where=_name(tokenizer), fix=fix)
@@ -97,21 +106,11 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
 
 
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, *, add_generation_prompt: bool
-) -> str:
-    from jinja2 import TemplateError
-
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool) -> str:
     if not tokenizer.chat_template:
         fix = "use a model that has one, or data as plain text with prompt_format 'as_is'"
         raise ModelError("there is no chat template, and the data holds messages", where=_name(tokenizer), fix=fix)
-    try:
-        return str(
-            tokenizer.apply_chat_template(cast(Any, messages), tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
-    except TemplateError as error:
-        fix = "change the roles of the row, or use another model"
-        raise ModelError(f"the chat template refuses the messages ({error})", where=where, fix=fix) from error
+    return str(tokenizer.apply_chat_template(cast(Any, messages), tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
 class Encoder:
@@ -148,11 +147,10 @@ class Encoder:
     def _settle(self, rendering: Rendering, prompt: Ids, chosen: Ids, rejected: Ids) -> Encoding:
         close: Callable[[Ids, int], Ids] = self._without_tail if rendering.chat else self._with_eos
         opening = () if rendering.chat else self._opening
-        start = len(prompt)
         return Encoding(
             opening + prompt,
-            opening + (chosen if rendering.chosen_cut else close(chosen, start)),
-            opening + (rejected if rendering.rejected_cut else close(rejected, start)),
+            opening + (chosen if rendering.chosen_cut else close(chosen, common_start(prompt, chosen))),
+            opening + (rejected if rendering.rejected_cut else close(rejected, common_start(prompt, rejected))),
             rendering.chosen_cut,
             rendering.rejected_cut,
         )
@@ -183,7 +181,7 @@ def checked_boundary(encoding: Encoding, record: PreferenceRecord) -> int:
     """`encoding.boundary`, refused where nothing of the prompt is left before it: the first token would have no condition."""
     boundary = encoding.boundary
     if boundary == 0:
+        what = "no token of the prompt is left whole before the completions"
         fix = "lengthen the prompt, or use a tokenizer with a beginning-of-sequence token"
-        where = f"{record.source}, row {record.row}, column prompt"
-        raise DataError("no token of the prompt is left whole before the completions", where=where, fix=fix)
+        raise RowError(what, source=record.source, row=record.row, column="prompt", fix=fix)
     return boundary

@@ -48,7 +48,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield Row(str(path), number, _parse_line(line, str(path), number))
+                    yield Row(str(path), number, _parse_line(line.rstrip(b"\r\n"), str(path), number))
     except _TORN as error:
         yield _unreadable(error, path, number + 1)
 

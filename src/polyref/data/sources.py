@@ -146,7 +146,7 @@ def _read_dataset(data: Any, name: str, *, split: str) -> Iterator[Row]:
         data = data[split]
     if not isinstance(data, datasets.Dataset):
         fix = "load it without streaming=True, or take rows into a list first"
-        raise DataError(f"a {type(data).__name__} streams rows that cannot be counted or split", where=name, fix=fix)
+        raise DataError(f"{type(data).__name__} streams rows that cannot be counted or split", where=name, fix=fix)
     return (Row(name, number, value) for number, value in enumerate(data.with_format(None), 1))
 
 

@@ -56,7 +56,7 @@ def tokenize_record(
     template writes, up to the end of the assistant's turn. `system_prompt` goes first: as text and a blank line, or as a
     message. Where the prompt's own tokens do not begin both whole texts (a token spans the boundary, or the template writes
     the prompt otherwise), the boundary moves back to the last token that all three share: what is scored is then the exact
-    likelihood of everything after it. Errors: `ModelError`, `ReferenceSetError` (see `render_record`), `DataError`.
+    likelihood of everything after it. Errors: `RowError` where no token is left before it, and those of `render_record`.
     """
     (encoding,) = _encode([record], tokenizer, system_prompt)
     return encoding.split(checked_boundary(encoding, record))
