@@ -88,7 +88,9 @@ def work(name: str, connection: Connection, arguments: argparse.Namespace) -> No
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(arguments.threads)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = make_polyref(arguments, folder) if name == "polyref" else make_trl(arguments, folder, name == "trl_precomputed")
+            trainer = (
+                make_polyref(arguments, folder) if name == "polyref" else make_trl(arguments, folder, name == "trl_precomputed")
+            )
             conduct(trainer, connection, name, arguments)
     except BaseException as error:
         connection.send(("error", f"{name}: {type(error).__name__}: {error}"))
@@ -180,7 +182,9 @@ def conduct(trainer: Any, connection: Connection, name: str, arguments: argparse
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             # the optimiser has stepped; gradients are cleared after this hook, in about a millisecond
-            connection.send(("step", {"seconds": time.perf_counter() - Conducted.started, "calls": calls[0], "tokens": seen[0]}))
+            connection.send(
+                ("step", {"seconds": time.perf_counter() - Conducted.started, "calls": calls[0], "tokens": seen[0]})
+            )
 
     seen = [0]
     original = trainer.compute_loss
@@ -249,8 +253,13 @@ def report(arguments: argparse.Namespace, timings: dict[str, list[dict[str, floa
         }
     result: dict[str, Any] = {
         "command": "python benchmarks/preference_step.py --model SmolLM2-135M-Instruct",
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": arguments.threads},
-        "versions": {p: metadata.version(p) for p in ("torch", "transformers", "trl", "polyref")} | {"python": platform.python_version()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": arguments.threads,
+        },
+        "versions": {p: metadata.version(p) for p in ("torch", "transformers", "trl", "polyref")}
+        | {"python": platform.python_version()},
         "pairs": arguments.pairs,
         "batch_size": arguments.batch_size,
         "steps": arguments.steps,
@@ -263,7 +272,9 @@ def report(arguments: argparse.Namespace, timings: dict[str, list[dict[str, floa
         flops = 6 * alone["body_parameters"] * tokens + 8 * alone["head_parameters"] * alone["scored_tokens"]
         result["collation_share"] = alone["collation_seconds"] / ours["median_seconds"]
         result["matrix_gflops_per_second"] = alone["matrix_flops"] / 1e9
-        result["share_of_matrix_rate"] = flops / statistics.mean(s["seconds"] for s in timings["polyref"]) / alone["matrix_flops"]
+        result["share_of_matrix_rate"] = (
+            flops / statistics.mean(s["seconds"] for s in timings["polyref"]) / alone["matrix_flops"]
+        )
         result["ratios"] = {
             name: {
                 "speed_median": row["median_seconds"] / ours["median_seconds"],

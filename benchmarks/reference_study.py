@@ -39,7 +39,10 @@ def main() -> None:
     runs = list(make_runs(arguments))
     waiting = [run for run in runs if not (run / "summary.json").exists()]
     minutes = len(waiting) * MINUTES[arguments.tier] / min(arguments.processes, max(len(waiting), 1))
-    print(f"{len(waiting)} of {len(runs)} runs to do, about {minutes:.0f} minutes with {arguments.processes} processes", flush=True)
+    print(
+        f"{len(waiting)} of {len(runs)} runs to do, about {minutes:.0f} minutes with {arguments.processes} processes",
+        flush=True,
+    )
     with ThreadPoolExecutor(arguments.processes) as pool:
         failed = [run for run, ok in zip(waiting, pool.map(train, waiting), strict=True) if not ok]
     if failed:
@@ -153,7 +156,9 @@ def draw(tier: str, rows: dict[str, dict[str, Any]]) -> None:
         for shift, when, colour in ((-0.12, "before", "#8a8f98"), (0.12, "after", "#2a6fdb")):
             mean, low, high = np.array([row[when][key] for row in rows.values()]).T
             places = np.arange(len(names)) + shift
-            axes.errorbar(mean, places, xerr=[mean - low, high - mean], fmt="o", color=colour, capsize=3, label=f"{when} training")
+            axes.errorbar(
+                mean, places, xerr=[mean - low, high - mean], fmt="o", color=colour, capsize=3, label=f"{when} training"
+            )
         axes.set_yticks(range(len(names)), names if axes is panels[0] else [""] * len(names))
         axes.invert_yaxis()
         axes.set_title(title, loc="left")

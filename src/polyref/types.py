@@ -62,9 +62,10 @@ class TokenizedPair:
 class TokenBatch:
     """R rows of one prompt followed by its C completions, padded on the right to L tokens.
 
-    `input_ids`, `position_ids`, `segment_ids`: (R, L) int64. Segment 0 is the prompt, 1..C the completions, -1 padding; positions
-    restart after the prompt for every completion. The N scored tokens, in row order, are `target_ids` (N,); each is predicted at
-    flat position `source_index` (N,) of the R * L grid and belongs to completion `completion_index` (N,) of the R * C.
+    `input_ids`, `position_ids`, `segment_ids`: (R, L) int64. Segment 0 is the prompt, 1..C the completions, -1 padding;
+    positions restart after the prompt for every completion. The N scored tokens, in row order, are `target_ids` (N,); each is
+    predicted at flat position `source_index` (N,) of the R * L grid and belongs to completion `completion_index` (N,) of the R
+    * C.
     """
 
     input_ids: Tensor

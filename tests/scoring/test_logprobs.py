@@ -1,4 +1,4 @@
-"""Shared-prompt scoring against one-by-one scoring through the model's own logits, on every architecture the library promises."""
+"""Shared-prompt scoring against one-by-one scoring through the model's own logits, on every architecture promised."""
 
 from __future__ import annotations
 
@@ -48,7 +48,14 @@ CONFIGS = {
         **SIZES, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
     "gpt2": GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.4, bos_token_id=1, eos_token_id=2
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        initializer_range=0.4,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
 }
 
@@ -183,7 +190,9 @@ def test_logits_are_never_held_for_the_whole_batch(monkeypatch: pytest.MonkeyPat
         completion_logps(model, batch, plan).total.sum().backward()
     rows, hidden = batch.input_ids.shape[0], SIZES["hidden_size"]
     assert len(batch.target_ids) > 3
-    assert largest <= max(3, rows, hidden)  # one last position a row passes the model's own head; W itself is hidden x vocabulary
+    assert largest <= max(
+        3, rows, hidden
+    )  # one last position a row passes the model's own head; W itself is hidden x vocabulary
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from polyref.cli.settings import DataSettings, LoraSettings
-from polyref.cli.train import OWN_DEFAULTS, PolicySettings, train
+from polyref.cli.train import DEFAULTS, PolicySettings, train
+from polyref.data.sources import prompt_key
 from polyref.errors import DataError
 from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.report.page import SideBySide
 from polyref.training.config import PreferenceConfig
-from polyref.types import PreferenceRecord
 
 if TYPE_CHECKING:
     from polyref.training.preference_trainer import PreferenceTrainer
@@ -75,11 +74,8 @@ def run(settings: Namespace) -> None:
         learning_rate=2e-4,
         lr_scheduler_type="linear",
         logging_steps=3,
-        save_steps=OWN_DEFAULTS["save_steps"],
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
         seed=seed,
+        **DEFAULTS,
     )
     config = {"model": model, "full": full, "seed": seed, "references": SYSTEM_PROMPTS, "max_length": max_length}
     data = DataSettings(str(train_file), eval_data=str(held_out_file))
@@ -114,12 +110,12 @@ def _opening(full: bool) -> list[str]:
     size = (
         "This run used every packaged pair."
         if full
-        else f"This run used {TRAIN_PAIRS} training and {HELD_OUT_PAIRS} held-out pairs: it demonstrates the machinery and proves nothing."
+        else f"This run used {TRAIN_PAIRS} training and {HELD_OUT_PAIRS} held-out pairs: it demonstrates, and proves nothing."
     )
     return [
         "Three people compared replies to everyday instructions; their votes are the preferences (PandaLM's human test set).",
-        "The references are one small model under two system prompts. polyref composed them exactly, sequence by sequence, into the "
-        "one anchor the policy is kept close to.",
+        "The references are one small model under two system prompts. polyref composed them exactly, whole replies at a time, "
+        "into the one anchor the policy is kept close to.",
         size,
     ]
 
@@ -127,15 +123,16 @@ def _opening(full: bool) -> list[str]:
 def _replies(trainer: PreferenceTrainer) -> list[SideBySide]:
     """Greedy replies to a few held-out prompts, before and after training."""
     dataset: Any = trainer.eval_dataset
-    records: Sequence[PreferenceRecord] = [pair.record for pair in dataset.pairs]
-    prompts = list({repr(record.prompt): record.prompt for record in records}.values())[:REPLY_PROMPTS]
+    by_key = {prompt_key(pair.record.prompt): pair.record.prompt for pair in dataset.pairs}
+    prompts = list(by_key.values())[:REPLY_PROMPTS]
     logger.info("sampling replies to %d held-out prompts", len(prompts))
     model: Any = trainer.model
     shown = []
     for prompt in prompts:
         with model.disable_adapter():
             before = _reply(trainer, prompt)
-        shown.append(SideBySide(str(prompt[-1]["content"]), (("before training", before), ("after training", _reply(trainer, prompt)))))  # type: ignore[index]
+        replies = (("before training", before), ("after training", _reply(trainer, prompt)))
+        shown.append(SideBySide(prompt[-1]["content"], replies))
     return shown
 
 

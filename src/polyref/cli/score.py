@@ -33,7 +33,8 @@ class ScoreSettings:
         prompt_format: as_is, chat (strings become one user and one assistant turn), or transcript (Human/Assistant turns).
         batch_size: prompts scored at once.
         cache_dir: folder of the cache; by default $POLYREF_CACHE or ~/.cache/polyref.
-        output: also write one row a pair, with the log-probs of chosen and rejected under every reference, to this .parquet file.
+        output: also write one row a pair, with the log-probs of chosen and rejected under every reference, to this
+            .parquet file.
     """
 
     model: str
@@ -69,11 +70,15 @@ def run(settings: Namespace) -> None:
     logger.info("%s", tokens.report)
     cache = Path(own.cache_dir) if own.cache_dir else cache_home() / "logprobs"
     with Meter("tokens") as meter:
-        scores = score_references(
-            tokens, own.references, tokenizer, cache_dir=cache, batch_size=own.batch_size, progress=meter
-        )
+        scores = score_references(tokens, own.references, tokenizer, cache_dir=cache, batch_size=own.batch_size, progress=meter)
     rate = f"{scores.tokens / scores.seconds:.0f} tokens a second" if scores.seconds else "nothing to score"
-    logger.info("%d completions scored, %d found in the cache (hit rate %.1f%%); %s", scores.misses, scores.hits, 100 * scores.hit_rate, rate)
+    logger.info(
+        "%d completions scored, %d found in the cache (hit rate %.1f%%); %s",
+        scores.misses,
+        scores.hits,
+        100 * scores.hit_rate,
+        rate,
+    )
     if own.output is not None:
         _write(Path(own.output), tokens.records, scores, own.references)
 

@@ -35,7 +35,9 @@ class DataSettings:
     split_seed: int = 0
     data_revision: str | None = None
 
-    def load(self, prompt_format: Literal["as_is", "chat", "transcript"]) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
+    def load(
+        self, prompt_format: Literal["as_is", "chat", "transcript"]
+    ) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
         """(training, held-out) records."""
         if self.held_out < 0:
             raise ConfigError(f"held_out is {self.held_out}", fix="give a number of pairs, or a share below 1")
@@ -99,4 +101,6 @@ def _linear_layers(model: Any) -> list[str]:
     """Last parts of the names of all linear layers but the output head."""
     head = model.get_output_embeddings()
     linear = ("Linear", "Conv1D")
-    return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if type(m).__name__ in linear and m is not head})
+    return sorted(
+        {name.rpartition(".")[2] for name, m in model.named_modules() if type(m).__name__ in linear and m is not head}
+    )

@@ -18,11 +18,14 @@ from polyref.training.config import PreferenceConfig
 if TYPE_CHECKING:
     from polyref.report.page import SideBySide
     from polyref.stages import RunFolder, Stage
+    from polyref.training.dataset import ScoredPairs
     from polyref.training.preference_trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
 
-OWN_DEFAULTS = {"output_dir": None, "save_steps": 0.25, "save_total_limit": 1, "report_to": "none", "eval_strategy": "no"}
+DEFAULTS: dict[str, Any] = {"save_steps": 0.25, "save_total_limit": 1, "report_to": "none", "disable_tqdm": True}
+"""Where the command line differs from `PreferenceConfig`: checkpoints to resume from, and progress bars of its own."""
+
 MAY_CHANGE = ("logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm", "log_level", "cache_dir")
 
 
@@ -57,7 +60,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_class_arguments(DataSettings)
     parser.add_class_arguments(PreferenceConfig, skip={"output_dir", "resume_from_checkpoint"})
     parser.add_argument("--output_dir", type=str, required=True, help="The run folder.")
-    parser.set_defaults({name: value for name, value in OWN_DEFAULTS.items() if name != "output_dir"})
+    parser.set_defaults(DEFAULTS)
 
 
 def run(settings: Namespace) -> None:
@@ -66,7 +69,7 @@ def run(settings: Namespace) -> None:
     policy = PolicySettings(**pick(values, PolicySettings))
     data = DataSettings(**pick(values, DataSettings))
     run_dir = Path(values["output_dir"])
-    args = PreferenceConfig(**pick(values, PreferenceConfig) | {"output_dir": str(run_dir / "stages" / "train"), "disable_tqdm": True})
+    args = PreferenceConfig(**pick(values, PreferenceConfig) | {"output_dir": str(run_dir / "stages" / "train")})
     shown = {k: v for k, v in values.items() if k not in ("config", "output_dir")}
     train(policy, data, args, run_dir, shown)
 
@@ -97,7 +100,9 @@ def train(
         else:
             summary, shown = _train_in(folder, stage, policy, data, args, replies)
             write_bytes(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-            write_training_page(run_dir / "report.html", run_dir.name, summary, folder.read_metrics(), opening=opening, replies=shown)
+            write_training_page(
+                run_dir / "report.html", run_dir.name, summary, folder.read_metrics(), opening=opening, replies=shown
+            )
             stage.finish([run_dir / name for name in ("summary.json", "report.html", "model")])
         result: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
         _tell(result, run_dir)
@@ -138,18 +143,21 @@ def _train_in(
             reference_progress=scoring,
         )
         trainer.remove_callback(PrinterCallback)
-        before = _evaluated(folder, trainer, "before") if held_out else None
+        dataset: Any = trainer.eval_dataset
+        before = _evaluated(folder, trainer, dataset, "before") if held_out else None
         checkpoint = last_checkpoint(stage.folder)
         done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         folder.keep_metrics(lambda row: row["step"] <= done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        after = _evaluated(folder, trainer, "after") if held_out else None
+        after = _evaluated(folder, trainer, dataset, "after") if held_out else None
         shown = replies(trainer) if replies else []
         save_policy(trainer.model, tokenizer, folder.path / "model", merge_adapter=policy.merge_adapter)
     scores = trainer.reference_scores["train"]
     summary = {
         "model": policy.model,
-        "references": [reference.label for reference in policy.references.members] if policy.references else ["the starting policy"],
+        "references": [reference.label for reference in policy.references.members]
+        if policy.references
+        else ["the starting policy"],
         "weights": list(policy.references.weights or ()) if policy.references else [1.0],
         "composition": policy.references.composition if policy.references else "geometric",
         "divergence": args.divergence,
@@ -164,7 +172,7 @@ def _train_in(
     return summary, shown
 
 
-def _evaluated(folder: RunFolder, trainer: PreferenceTrainer, when: str) -> dict[str, Any]:
+def _evaluated(folder: RunFolder, trainer: PreferenceTrainer, dataset: ScoredPairs, when: str) -> dict[str, Any]:
     """The held-out report, kept as a stage so that a resumed run does not make it twice."""
     from polyref.files import write_bytes
     from polyref.training.evaluate import preference_report
@@ -172,7 +180,7 @@ def _evaluated(folder: RunFolder, trainer: PreferenceTrainer, when: str) -> dict
     stage = folder.stage(f"evaluate-{when}")
     file = stage.folder / "report.json"
     if not stage.done:
-        report = preference_report(trainer, trainer.eval_dataset, seed=trainer.args.seed)
+        report = preference_report(trainer, dataset, seed=trainer.args.seed)
         write_bytes(file, json.dumps(report).encode())
         stage.finish([file])
     result: dict[str, Any] = json.loads(file.read_text())

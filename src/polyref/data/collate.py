@@ -67,8 +67,15 @@ def collate(items: Sequence[Item], *, pad_token_id: int, layout: Layout = "share
             target.append(np.asarray(completion, dtype=np.int64))
             owner.append(np.full(len(completion), r * per_row + c, dtype=np.int64))
             offset = end
-    arrays = (input_ids, position_ids, segment_ids, np.concatenate(source), np.concatenate(target), np.concatenate(owner))
-    return TokenBatch(*(torch.from_numpy(array) for array in arrays), completions=per_row)
+    return TokenBatch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(position_ids),
+        torch.from_numpy(segment_ids),
+        torch.from_numpy(np.concatenate(source)),
+        torch.from_numpy(np.concatenate(target)),
+        torch.from_numpy(np.concatenate(owner)),
+        completions=per_row,
+    )
 
 
 def row_length(prompt: Sequence[int], completions: Iterable[Sequence[int]]) -> int:
@@ -86,9 +93,9 @@ def grouped_batches(
 ) -> list[list[int]]:
     """Indices of rows cut into batches of similar length, so that little padding is computed.
 
-    With a `seed`, rows are shuffled, sorted by length inside windows of `window` batches, and the batches shuffled again, a short
-    one last: the order depends on `seed` and `lengths` alone. Without one, rows are sorted by length, longest first, so that
-    running out of memory shows at once.
+    With a `seed`, rows are shuffled, sorted by length inside windows of `window` batches, and the batches shuffled again, a
+    short one last: the order depends on `seed` and `lengths` alone. Without one, rows are sorted by length, longest first, so
+    that running out of memory shows at once.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     if seed is None:

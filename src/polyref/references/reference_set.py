@@ -25,7 +25,8 @@ class Reference:
         model: hub id, folder, or a transformers causal language model in memory.
         adapter: folder or hub id of a PEFT adapter switched on while this reference scores.
         tokenizer: hub id, folder or tokenizer; by default the one kept with the model (the policy's for a model in memory).
-        system_prompt: put before every conversation this reference sees. One set of weights under K system prompts is K references.
+        system_prompt: put before every conversation this reference sees. One set of weights under K system prompts is K
+            references.
         dtype: of the weights while scoring: float32, bfloat16, float16 or float64.
         gguf_file: a GGUF file inside `model`, dequantised on loading.
         name: what reports and logs call it; by default made from the parts.
@@ -77,7 +78,8 @@ class Reference:
 class ReferenceSet:
     """K references and their composition into one anchor.
 
-    geometric: log G_a(y|x) = sum_i a_i log pi_i(y|x) - log F_a(x); the prompt-only log F_a cancels between two completions and is
+    geometric: log G_a(y|x) = sum_i a_i log pi_i(y|x) - log F_a(x); the prompt-only log F_a cancels between two
+        completions and is
     left out. arithmetic: log M_a(y|x) = logsumexp_i(log a_i + log pi_i(y|x)). Both at the sequence level [arXiv 2502.01203].
 
     Args:
@@ -110,7 +112,8 @@ class ReferenceSet:
         """Anchor log-probabilities, up to a term of the prompt alone: (..., K) in nats -> (...).
 
         `weights` (..., K) replaces the set's own where prompts have theirs. Raises ReferenceSetError on NaN, on weights off the
-        simplex, and on completions without support: under geometric composition those to which a member of positive weight gives
+        simplex, and on completions without support: under geometric composition those to which a member of positive
+            weight gives
         no mass, under arithmetic those to which all do.
         """
         import torch

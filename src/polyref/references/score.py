@@ -93,10 +93,10 @@ def score_references(
 ) -> ReferenceScores:
     """log pi_i(y | x) of both completions of every pair under each member i: shapes (N, K), nats.
 
-    `data` was tokenised for the policy with `tokenizer`. A member with the same tokenizer scores exactly those completion tokens
-    after its own prompt (system prompt included); one with another tokenizer scores the text. Members that share weights are
-    loaded once, and one model is in memory at a time, whatever K is. With `cache_dir`, what was scored before, by anyone, is
-    read and not computed; batches depend on the data alone, so an interrupted scoring goes on to the same bytes.
+    `data` was tokenised for the policy with `tokenizer`. A member with the same tokenizer scores exactly those completion
+    tokens after its own prompt (system prompt included); one with another tokenizer scores the text. Members that share
+    weights are loaded once, and one model is in memory at a time, whatever K is. With `cache_dir`, what was scored before, by
+    anyone, is read and not computed; batches depend on the data alone, so an interrupted scoring goes on to the same bytes.
 
     Raises ReferenceSetError where a member cannot score the data (vocabulary, context length), naming member and row.
     """
@@ -118,7 +118,9 @@ def score_references(
     logps = np.array([[f[key].logp for key in member.keys] for f, member in zip(found, members, strict=True)])
     pairs = logps.reshape(len(members), -1, 2)
     lines = tuple(member.report for member in members)
-    return ReferenceScores(pairs[:, :, 0].T.copy(), pairs[:, :, 1].T.copy(), hits, total - hits, meter.tokens, meter.seconds, lines)
+    return ReferenceScores(
+        pairs[:, :, 0].T.copy(), pairs[:, :, 1].T.copy(), hits, total - hits, meter.tokens, meter.seconds, lines
+    )
 
 
 @dataclass
@@ -257,7 +259,9 @@ def _keys(member: _Member, i: int) -> set[bytes]:
     return set(member.keys[2 * i : 2 * i + 2])
 
 
-def _score_batch(model: nn.Module, pairs: Sequence[TokenizedPair], plan: ScoringPlan, device: torch.device) -> list[CachedScore]:
+def _score_batch(
+    model: nn.Module, pairs: Sequence[TokenizedPair], plan: ScoringPlan, device: torch.device
+) -> list[CachedScore]:
     import torch
 
     batch = collate([(pair.prompt_ids, pair.completions) for pair in pairs], pad_token_id=0, layout=plan.layout)

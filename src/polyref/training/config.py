@@ -30,7 +30,9 @@ class PreferenceConfig(TrainingArguments):
     )
     label_smoothing: float = field(
         default=0.0,
-        metadata={"help": "Assumed rate of flipped labels, in [0, 0.5), for smoothed and robust; with sigmoid it means smoothed."},
+        metadata={
+            "help": "Assumed rate of flipped labels, in [0, 0.5), for smoothed and robust; with sigmoid it means smoothed."
+        },
     )
     divergence: Literal["reverse", "forward"] = field(
         default="reverse",
@@ -42,9 +44,13 @@ class PreferenceConfig(TrainingArguments):
     )
     dr_beta: float | None = field(
         default=None,
-        metadata={"help": "Dr-DPO's beta', above 1: replaces the batch mean by a soft worst case. One process, no accumulation."},
+        metadata={
+            "help": "Dr-DPO's beta', above 1: replaces the batch mean by a soft worst case. One process, no accumulation."
+        },
     )
-    max_length: int | None = field(default=1024, metadata={"help": "Longest prompt + completion in tokens; longer ones are cut."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest prompt + completion in tokens; longer ones are cut."}
+    )
     truncation_mode: Literal["keep_start", "keep_end"] = field(
         default="keep_start", metadata={"help": "Which end of a sequence that is too long is kept."}
     )
@@ -74,7 +80,9 @@ class PreferenceConfig(TrainingArguments):
         if self.prompt_format not in ("as_is", "chat", "transcript"):
             raise ConfigError(f"unknown prompt_format {self.prompt_format!r}", fix="use as_is, chat or transcript")
         if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"max_length is {self.max_length}", fix="leave room for a prompt and a completion token: at least 2")
+            raise ConfigError(
+                f"max_length is {self.max_length}", fix="leave room for a prompt and a completion token: at least 2"
+            )
         if self.length_normalise and self.divergence == "forward":
             raise ConfigError("length_normalise has no meaning under forward KL", fix="use divergence: reverse")
         if self.dr_beta is not None and not self.dr_beta > 1:
@@ -85,7 +93,9 @@ class PreferenceConfig(TrainingArguments):
                 fix="set gradient_accumulation_steps to 1 and raise per_device_train_batch_size",
             )
         if not self.precompute_ref_log_probs:
-            raise ConfigError("precompute_ref_log_probs is false", fix="leave it true: references are scored once, through the cache")
+            raise ConfigError(
+                "precompute_ref_log_probs is false", fix="leave it true: references are scored once, through the cache"
+            )
         if self.precompute_ref_batch_size < 1:
             raise ConfigError(f"precompute_ref_batch_size is {self.precompute_ref_batch_size}", fix="give at least 1")
         if self.remove_unused_columns:

@@ -17,9 +17,10 @@ def preference_report(trainer: PreferenceTrainer, dataset: ScoredPairs, *, seed:
     """Accuracy and margin of the implied reward difference h on `dataset`.
 
     `accuracy` is the mean over pairs of 1[h > 0] (a tie counts 1/2), `margin` the mean of h in reward units; each is
-    [mean, low, high] with a 95% interval from a bootstrap over prompts. `h` keeps the values, pair by pair, and `prompt_ids` says which pairs share a prompt.
+    [mean, low, high] with a 95% interval from a bootstrap over prompts. `h` keeps the values, pair by pair, and `prompt_ids`
+    says which pairs share a prompt.
     """
-    h = np.asarray(trainer.predict(dataset).predictions, dtype=np.float64)  # type: ignore[arg-type]
+    h = np.asarray(trainer.predict(dataset).predictions, dtype=np.float64)
     numbers: dict[str, int] = {}
     prompts = [numbers.setdefault(prompt_key(pair.record.prompt), len(numbers)) for pair in dataset.pairs]
     correct = preference_accuracy(torch.from_numpy(h)).numpy()

@@ -32,8 +32,8 @@ def check_starts_at_reference(logps: Tensor, anchor: Tensor, dtype: torch.dtype)
 class FallingChosenWarning(TrainerCallback):
     """Says once, in plain words, when the chosen completions lose probability while the margins grow.
 
-    `logps/chosen` averaged over the last `window` log lines is compared with its first value; a fall of more than `share` of it,
-    with margins above their first value, warns.
+    `logps/chosen` averaged over the last `window` log lines is compared with its first value; a fall of more than `share` of
+    it, with margins above their first value, warns.
     """
 
     def __init__(self, window: int = 3, share: float = 0.05) -> None:
@@ -42,7 +42,12 @@ class FallingChosenWarning(TrainerCallback):
         self.warned = False
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Judge the newest log line."""
         if self.warned or not logs or "logps/chosen" not in logs:
@@ -56,9 +61,9 @@ class FallingChosenWarning(TrainerCallback):
         if now < first - self.share * abs(first) and margin > first_margin:
             self.warned = True
             logger.warning(
-                "chosen completions lost probability (mean log-prob %.1f, at first %.1f) while margins grew: the policy learns to "
-                "avoid the rejected ones by moving mass to completions in neither column. Raise beta, lower learning_rate, stop "
-                "earlier, or mix in supervised training on the chosen completions.",
+                "chosen completions lost probability (mean log-prob %.1f, at first %.1f) while margins grew: the policy learns "
+                "to avoid the rejected ones by moving mass to completions in neither column. Raise beta, lower learning_rate, "
+                "stop earlier, or mix in supervised training on the chosen completions.",
                 now,
                 first,
             )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -57,6 +57,9 @@ class PreferenceTrainer(Trainer):
     """
 
     args: PreferenceConfig
+    model: nn.Module
+    train_dataset: ScoredPairs
+    processing_class: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -109,7 +112,6 @@ class PreferenceTrainer(Trainer):
 
     def _prepare(self, source: Any, name: str) -> ScoredPairs:
         """Rows -> records -> tokens -> scored pairs. Refuses a set with nothing left to train on."""
-        assert isinstance(self.processing_class, PreTrainedTokenizerBase)
         records = _records(source, self.args.prompt_format)
         data = tokenize_records(
             records, self.processing_class, max_length=self.args.max_length, truncation_mode=self.args.truncation_mode
@@ -129,8 +131,8 @@ class PreferenceTrainer(Trainer):
 
     def _score(self, data: TokenizedPreferences) -> ReferenceScores:
         """Score `data` under the references, or under the starting policy with its adapters off."""
-        assert isinstance(self.processing_class, PreTrainedTokenizerBase)
-        references, off = self.references, nullcontext()  # type: AbstractContextManager[Any]
+        references = self.references
+        off: AbstractContextManager[Any] = nullcontext()
         if references is None:
             references = ReferenceSet((Reference(self.model, name="the starting policy"),))
             off = getattr(self.model, "disable_adapter", nullcontext)()
@@ -149,7 +151,9 @@ class PreferenceTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean pair loss of a batch; its rewards, margins, accuracies and log-probs are added up for the next log line."""
-        batch = TokenBatch(**{name: inputs[name] for name in BATCH_FIELDS}, completions=2 if self.plan.layout == "shared" else 1)
+        batch = TokenBatch(
+            **{name: inputs[name] for name in BATCH_FIELDS}, completions=2 if self.plan.layout == "shared" else 1
+        )
         scored = completion_logps(model, batch, self.plan)
         logps, tokens, anchor = scored.total.view(-1, 2), scored.tokens.view(-1, 2), inputs["anchor"]
         if not self._checked_start and self.model.training:
@@ -195,12 +199,19 @@ class PreferenceTrainer(Trainer):
             logs = logs | self._means("train")
         super().log(logs, start_time)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """As Trainer's, with the preference metrics among the returned ones, so that `metric_for_best_model` can name them."""
         self._sums["eval"] = {}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._means("eval").items()})
-        return output
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means = {f"{metric_key_prefix}_{name}": value for name, value in self._means("eval").items()}
+        return output._replace(metrics={**(output.metrics or {}), **means})
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -213,10 +224,12 @@ class PreferenceTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        return GroupedSampler(dataset.lengths, self._train_batch_size * self.args.world_size, self.args.data_seed or self.args.seed)
+        return GroupedSampler(
+            dataset.lengths, self._train_batch_size * self.args.world_size, self.args.data_seed or self.args.seed
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = []
+        vars(self)["_signature_columns"] = []
 
     def _stop_diverged(self, index: Tensor) -> None:
         """Save which rows the loss broke on, and stop before the optimiser sees it."""
@@ -249,17 +262,15 @@ def _prepared_policy(model: nn.Module, args: PreferenceConfig, peft_config: Any)
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             elif isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+                vars(module)["attention_dropout"] = 0.0
     return model
 
 
 def _records(source: Any, prompt_format: Any) -> list[PreferenceRecord]:
     if isinstance(source, ScoredPairs):
         return [pair.record for pair in source.pairs]
-    if isinstance(source, Iterable) and not isinstance(source, str | Path):
-        rows = source if not hasattr(source, "__len__") or len(source) == 0 else [source[0]]  # type: ignore[index]
-        if isinstance(rows, list) and all(isinstance(row, PreferenceRecord) for row in rows):
-            return list(source)
+    if isinstance(source, Sequence) and source and isinstance(source[0], PreferenceRecord):
+        return list(source)
     return load_preferences(source, prompt_format=prompt_format)
 
 
