@@ -87,7 +87,8 @@ def validate_preferences(
 
     `source` is what `load_preferences` takes, or a dict of such from a name to its data; `splits` picks the splits of a hub
     id, folder or DatasetDict, and does not matter to the rest. With a `tokenizer`, lengths are in tokens and every record goes
-    through it. Errors: `DataError` where any of it holds no rows; `ConfigError` for settings.
+    through it. Errors: `DataError` where any of it holds no rows; `ConfigError` for settings; `ModelError` for a tokenizer that
+    no record can go through.
     """
     check_truncation(max_length, truncation_mode)
     tally = _Tally(Encoder(tokenizer) if tokenizer is not None else None, max_length, truncation_mode)
