@@ -27,7 +27,7 @@ class Meter:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.tasks: dict[str, Any] = {}
-        self.started: dict[str, float] = {}
+        self.started: dict[str, tuple[float, int]] = {}
         self.told: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -40,15 +40,17 @@ class Meter:
     def __call__(self, what: str, done: int, total: int) -> None:
         """`done` of `total` units of `what`."""
         if what not in self.started:
-            self.started[what] = self.told[what] = time.monotonic()
+            self.told[what] = time.monotonic()
+            self.started[what] = (self.told[what], done)
             self.tasks[what] = self.bar.add_task(Text(what).plain, total=total)
         self.bar.update(self.tasks[what], completed=done, total=total)
         now = time.monotonic()
         if self.bar.disable and (now - self.told[what] > PLAIN_SECONDS or done >= total):
             self.told[what] = now
-            rate = done / max(now - self.started[what], 1e-9)
-            left = (total - done) / max(rate, 1e-9)
-            logger.info("%s: %d of %d %s, %.3g a second, %.0f s left", what, done, total, self.unit, rate, left)
+            start, before = self.started[what]
+            rate = (done - before) / max(now - start, 1e-9)
+            left = f"{(total - done) / rate:.0f} s left" if rate else "no rate yet"
+            logger.info("%s: %d of %d %s, %.3g a second, %s", what, done, total, self.unit, rate, left)
 
 
 class TrainingProgress(TrainerCallback):

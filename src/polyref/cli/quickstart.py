@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from polyref.errors import DataError
 from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.report.page import SideBySide
 from polyref.training.config import PreferenceConfig
+from polyref.types import PreferenceRecord
 
 if TYPE_CHECKING:
     from polyref.training.preference_trainer import PreferenceTrainer
@@ -79,7 +82,7 @@ def run(settings: Namespace) -> None:
     )
     config = {"model": model, "full": full, "seed": seed, "references": SYSTEM_PROMPTS, "max_length": max_length}
     data = DataSettings(str(train_file), eval_data=str(held_out_file))
-    train(policy, data, args, run_dir, config, opening=_opening(full), replies=_replies)
+    train(policy, data, args, run_dir, config, title="polyref quickstart", opening=_opening(full), replies=_replies)
 
 
 def _write_pairs(run_dir: Path, model: str, max_length: int, full: bool, seed: int) -> tuple[Path, Path]:
@@ -97,13 +100,24 @@ def _write_pairs(run_dir: Path, model: str, max_length: int, full: bool, seed: i
         records = [record for record, length in zip(tokens.records, lengths, strict=True) if length <= max_length]
     train_records, held_out = split_by_prompt(records, held_out=FULL_HELD_OUT, seed=seed)
     if not full:
-        train_records, held_out = train_records[:TRAIN_PAIRS], held_out[:HELD_OUT_PAIRS]
+        train_records, held_out = _spread(train_records)[:TRAIN_PAIRS], _spread(held_out)[:HELD_OUT_PAIRS]
     if not train_records or not held_out:
         raise DataError(f"no packaged pair fits {max_length} tokens under this model's tokenizer", fix="use another model")
     files = run_dir / "pairs" / "train.jsonl", run_dir / "pairs" / "held_out.jsonl"
     for file, chosen in zip(files, (train_records, held_out), strict=True):
         write_bytes(file, "".join(json.dumps(record_to_row(record), ensure_ascii=False) + "\n" for record in chosen).encode())
     return files
+
+
+def _spread(records: Sequence[PreferenceRecord]) -> list[PreferenceRecord]:
+    """The first pair of every prompt, then the second of every prompt, and so on: a few pairs then cover many prompts."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for record in records:
+        key = prompt_key(record.prompt)
+        turns.append(seen[key])
+        seen[key] += 1
+    return [record for _, record in sorted(zip(turns, records, strict=True), key=lambda pair: pair[0])]
 
 
 def _opening(full: bool) -> list[str]:

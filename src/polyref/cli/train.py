@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
+from transformers import TrainingArguments
 
 from polyref.cli.settings import DataSettings, LoraSettings
 from polyref.references.reference_set import ReferenceSet
@@ -61,6 +63,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_class_arguments(PreferenceConfig, skip={"output_dir", "resume_from_checkpoint"})
     parser.add_argument("--output_dir", type=str, required=True, help="The run folder.")
     parser.set_defaults(DEFAULTS)
+    explanations = _explanations()
+    for action in parser._actions:
+        action.help = action.help or explanations.get(action.dest)
+
+
+def _explanations() -> dict[str, str]:
+    """What each option of `PreferenceConfig` means: its field's own help, or the entry in transformers' docstring."""
+    entry = re.compile(r"^ {8}(\w+) \(.*?\):\n((?: {12}.*\n| *\n)+)", re.MULTILINE)
+    found = entry.findall(TrainingArguments.__doc__ or "")
+    described = {name: " ".join(text.split("\n\n")[0].split()) for name, text in found}
+    helps = {field.name: str(field.metadata["help"]) for field in fields(PreferenceConfig) if "help" in field.metadata}
+    return {name: text.replace("%", "%%") for name, text in (described | helps).items()}
 
 
 def run(settings: Namespace) -> None:
@@ -81,13 +95,14 @@ def train(
     run_dir: Path,
     config: dict[str, Any],
     *,
+    title: str | None = None,
     opening: Sequence[str] = (),
     replies: Callable[[PreferenceTrainer], list[SideBySide]] | None = None,
 ) -> dict[str, Any]:
     """One resumable training run in `run_dir`; returns its summary, which is also in summary.json.
 
-    `config` is what must not change when the run is taken up again. `opening` sentences start the page; `replies` makes the
-    replies it shows from the trained policy.
+    `config` is what must not change when the run is taken up again. `title` and `opening` sentences start the page;
+    `replies` makes the replies it shows from the trained policy.
     """
     from polyref.files import write_bytes
     from polyref.report.training import write_training_page
@@ -101,7 +116,7 @@ def train(
             summary, shown = _train_in(folder, stage, policy, data, args, replies)
             write_bytes(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
             write_training_page(
-                run_dir / "report.html", run_dir.name, summary, folder.read_metrics(), opening=opening, replies=shown
+                run_dir / "report.html", title or run_dir.name, summary, folder.read_metrics(), opening=opening, replies=shown
             )
             stage.finish([run_dir / name for name in ("summary.json", "report.html", "model")])
         result: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
