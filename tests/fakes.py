@@ -1,11 +1,18 @@
-"""Small stand-ins for tokenizers, built in memory without a download."""
+"""Small stand-ins for tokenizers, models and preference data, built in memory without a download."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAD, BOS, EOS, TURN = "<pad>", "<bos>", "<eos>", "<|turn|>"
 
@@ -51,3 +58,60 @@ def _wrap(backend: Tokenizer, *, bos: bool, eos: bool, chat_template: str | None
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A random two-layer Llama of 16 hidden units for `tokenizer`, its weights far enough from zero that attention matters."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    usual = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "initializer_range": 0.2, "num_key_value_heads": 2}
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**sizes | special | usual | changes)).eval()
+
+
+def saved_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **changes: Any) -> Path:
+    """`tiny_llama` and its tokenizer as save_pretrained writes them."""
+    tiny_llama(tokenizer, seed=seed, **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_lora(**changes: Any) -> LoraConfig:
+    """A LoRA of rank 2 on the attention and MLP of `tiny_llama`."""
+    return LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
+
+
+def saved_lora(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, base_seed: int = 0) -> Path:
+    """A LoRA for `tiny_llama(seed=base_seed)` that changes its output, as save_pretrained writes it."""
+    model = get_peft_model(tiny_llama(tokenizer, seed=base_seed), tiny_lora())
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def pair_rows(count: int, **columns: Any) -> list[dict[str, Any]]:
+    """Rows of different lengths; `columns` are added to each, called with the row's number where they are functions."""
+    rows = [
+        {"prompt": f"question {i}{' please' * (i % 3)}:", "chosen": f" yes {i * i}", "rejected": " no" + " never" * (i % 4)}
+        for i in range(count)
+    ]
+    return [row | {k: v(i) if callable(v) else v for k, v in columns.items()} for i, row in enumerate(rows)]
+
+
+@contextmanager
+def counted_calls(model_class: type = LlamaForCausalLM) -> Iterator[list[tuple[int, ...]]]:
+    """Collects the shape of `input_ids` of every call of a model of this class."""
+    calls: list[tuple[int, ...]] = []
+    original = model_class.forward  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(tuple(kwargs["input_ids"].shape))
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_class, "forward", forward)
+        yield calls
