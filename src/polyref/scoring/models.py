@@ -64,7 +64,11 @@ def load_causal_lm(source: ModelSource) -> PreTrainedModel:
     if source.gguf_file is None:
         options["use_safetensors"] = True
     with _one_line(source, "model"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.model, **options)
+        model: PreTrainedModel
+        model, loaded = AutoModelForCausalLM.from_pretrained(source.model, **options, output_loading_info=True)
+    if missing := sorted(loaded["missing_keys"]):
+        what = f"{len(missing)} of its weights are not there, such as {missing[0]}, and would be random"
+        raise ModelError(what, where=source.model, fix="give the whole model, as save_pretrained writes it")
     if source.gguf_file is not None:
         make_serialisable(model)
     return model.eval()
@@ -101,123 +105,6 @@ def attach_adapter(model: PreTrainedModel, adapter: str) -> nn.Module:
     """`model` with the PEFT adapter in folder or hub id `adapter` switched on, frozen. Undo with `detach_adapter`."""
     from peft import PeftModel
 
-    _check_adapter(adapter)
-    with _one_line(ModelSource(adapter), "adapter"):
-        wrapped = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
-    refuse_prompt_learning(wrapped, adapter)
-    return wrapped.eval()
-
-
-def detach_adapter(model: Any) -> PreTrainedModel:
-    """The base model again, as it was before `attach_adapter`."""
-    base: PreTrainedModel = model.unload()
-    return base
-
-
-def refuse_prompt_learning(model: Any, where: str) -> None:
-    """Prompt, prefix and p-tuning add virtual tokens, which the shared-prompt layout has no place for."""
-    if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
-        raise ModelError("prompt-learning adapters are not supported", where=where, fix="use LoRA or another weight adapter")
-
-
-def make_serialisable(model: PreTrainedModel) -> None:
-    """Drop what is left of the GGUF loader after dequantisation, so that `save_pretrained` works."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    vars(model).update(hf_quantizer=None, is_quantized=False)
-
-
-def looks_like_path(name: str) -> bool:
-    """True for what can only be meant as a path: it exists, or it is no `owner/name` hub id."""
-    return Path(name).expanduser().exists() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None or name.startswith(".")
-
-
-def cache_home() -> Path:
-    """$POLYREF_CACHE, or ~/.cache/polyref: where log-probs and downloaded demonstration models are kept."""
-    return Path(os.environ.get("POLYREF_CACHE") or Path.home() / ".cache" / "polyref")
-
-
-def weights_fingerprint(source: ModelSource) -> str:
-    """xxh3-128 of the weight files at `source` (hex): the same weights give the same value under any path.
-
-    A file in the hub's cache is already stored under its content hash, which is then used instead of reading it.
-    """
-    _check_source(source)
-    return _folder_fingerprint(source.folder or _hub_snapshot(source), source.gguf_file)
-
-
-def adapter_fingerprint(adapter: str | None) -> str:
-    """As `weights_fingerprint`, for a PEFT adapter's weights and configuration. The empty string for none."""
-    if adapter is None:
-        return ""
-    _check_adapter(adapter)
-    _check_adapter(adapter)
-    source = ModelSource(adapter)
-    folder = source.folder or _hub_snapshot(source)
-    return _folder_fingerprint(folder, None) + _file_fingerprint(*_identity(folder / "adapter_config.json"))
-
-
-def module_fingerprint(model: nn.Module) -> str:
-    """xxh3-128 of a model in memory: names, dtypes, shapes and bytes of its state; adapters that are off are left out."""
-    import torch
-    import xxhash
-
-    adapters_on = not all(getattr(module, "disable_adapters", True) for module in model.modules())
-    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
-    state = {
-        name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", "."): tensor
-        for name, tensor in model.state_dict().items()
-        if adapters_on or not (prefix and prefix in name or ".modules_to_save." in name)
-    }
-    digest = xxhash.xxh3_128()
-    if adapters_on:
-        settings = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
-        active = getattr(model, "active_adapters", None)
-        digest.update(json.dumps([settings, active], sort_keys=True, default=_plain).encode())
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
-
-
-def default_device() -> torch.device:
-    """The accelerator, if there is one."""
-    import torch
-
-    return (
-        torch.accelerator.current_accelerator() or torch.device("cpu")
-        if torch.accelerator.is_available()
-        else torch.device("cpu")
-    )
-
-
-def _options(source: ModelSource) -> dict[str, Any]:
-    options = {"gguf_file": source.gguf_file, "revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _check_source(source: ModelSource) -> None:
-    folder = source.folder
-    if folder is None:
-        if looks_like_path(source.model):
-            raise ModelError(
-                "no such folder", where=source.model, fix="give a hub id or a folder with config.json and safetensors"
-            )
-        return
-    if source.gguf_file is not None:
-        if not (folder / source.gguf_file).is_file():
-            raise ModelError(f"no file {source.gguf_file} there", where=source.model, fix="name a GGUF file in that folder")
-        return
-    if not (folder / "config.json").is_file():
-        raise ModelError("no config.json there", where=source.model, fix="give a folder written by save_pretrained")
-    _refuse_pickles(folder, source.model)
-
-
-def _check_adapter(adapter: str) -> None:
     _check_adapter(adapter)
     with _one_line(ModelSource(adapter), "adapter"), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -309,11 +196,7 @@ def default_device() -> torch.device:
     """The accelerator, if there is one."""
     import torch
 
-    return (
-        torch.accelerator.current_accelerator() or torch.device("cpu")
-        if torch.accelerator.is_available()
-        else torch.device("cpu")
-    )
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _options(source: ModelSource) -> dict[str, Any]:
@@ -336,14 +219,6 @@ def _check_source(source: ModelSource) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError("no config.json there", where=source.model, fix="give a folder written by save_pretrained")
     _refuse_pickles(folder, source.model)
-
-
-def _check_adapter(adapter: str) -> None:
-    folder = Path(adapter).expanduser()
-    if looks_like_path(adapter) and not (folder / "adapter_config.json").is_file():
-        raise ModelError("no adapter_config.json there", where=adapter, fix="give the folder of a saved PEFT adapter")
-    if folder.is_dir():
-        _refuse_pickles(folder, adapter)
 
 
 def _check_adapter(adapter: str) -> None:
