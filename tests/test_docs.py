@@ -62,7 +62,8 @@ def test_the_tree_names_every_file_with_a_comment() -> None:
         named.add("".join(folders))
     missing = {name for name in named if not (ROOT / name).exists()}
     assert not missing
-    files = (path for room in TREE_ROOMS for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py")
+    files = (path for room in TREE_ROOMS for path in (ROOT / room).rglob("*.*") if path.suffix in (".py", ".yaml", ".html"))
+    files = (path for path in files if path.name != "__init__.py")
     unnamed = {path.relative_to(ROOT).as_posix() for path in files} - named
     assert not unnamed
 
