@@ -37,9 +37,19 @@ def write_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        fix = _FIXES.get(error.errno or 0, "mend this or name another folder")
-        raise RunFolderError(f"cannot be written: {reason}", where=str(path), fix=fix) from error
+        raise _refusal(error, str(path)) from error
+
+
+def unwritable(error: OSError) -> RunFolderError | None:
+    """What `write_errors` makes of an error that says a disk is full or may not be written; None for any other."""
+    where = str(error.filename) if error.filename else None
+    return _refusal(error, where) if error.errno in _FIXES else None
+
+
+def _refusal(error: OSError, where: str | None) -> RunFolderError:
+    reason = error.strerror or str(error) or type(error).__name__
+    fix = _FIXES.get(error.errno or 0, "mend this or name another folder")
+    return RunFolderError(f"cannot be written: {reason}", where=where, fix=fix)
 
 
 @contextmanager

@@ -16,21 +16,24 @@ import dataclasses
 import errno
 import json
 import logging
+import os
 import platform
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from enum import Enum
 from importlib import metadata
 from os import PathLike
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import filelock
 import xxhash
 import yaml  # type: ignore[import-untyped]
 
-from polyref.errors import ConfigError, RunFolderError, one_line
+from polyref.errors import ConfigError, InputError, RunFolderError, one_line
 from polyref.files import atomic_write, file_digest, files_below, remove_temporaries, sync, write_bytes, write_errors
 
 __all__ = ["RunFolder", "Stage", "atomic_write", "content_digest", "file_digest", "plain", "read_yaml"]
@@ -116,22 +119,38 @@ class RunFolder:
     ) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = plain(dict(config), "config")
+        self._made = not os.path.exists(self.path)
         self._lock = _hold(self.path)
+        self._fresh = not (self.path / "config.yaml").exists()
         try:
             with write_errors(self.path):
                 remove_temporaries(self.path)
                 self._check_config(may_change)
                 self._open_manifest(seeds or {}, may_change)
                 _drop_torn_line(self.metrics_path)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Let the folder go. A new run that is refused before it made anything leaves no trace: mend it, and start again."""
+        if isinstance(error, InputError) and self._fresh:
+            with suppress(OSError):
+                self._take_back()
         self.close()
+
+    def _take_back(self) -> None:
+        stages = self.path / "stages"
+        if self.metrics_path.exists() or (stages.is_dir() and files_below(stages)):
+            return
+        shutil.rmtree(stages, ignore_errors=True)
+        for name in ("manifest.json", "config.yaml", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        if self._made:
+            self.path.rmdir()
 
     def close(self) -> None:
         """Let the folder go. Safe to call twice."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -15,7 +14,8 @@ from collections.abc import Sequence
 from importlib import import_module, metadata
 from typing import Any
 
-from polyref.errors import ConfigError, PolyrefError, RunFolderError, one_line
+from polyref.errors import ConfigError, PolyrefError, one_line
+from polyref.files import unwritable
 
 VERBS = {
     "quickstart": "train a small model against two references on packaged human preferences, and show the result",
@@ -26,6 +26,16 @@ VERBS = {
 """What the command line can do. Each verb is a module of this package with `add_arguments(parser)` and `run(settings)`."""
 
 _USAGE = 2
+
+# What jsonargparse writes around the one line of an error that says what is wrong.
+_UNTELLING = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Given value|Unable to load|Problem with|Expected a (dot import|<class 'NoneType')"
+)
+_PLAIN_WORDS = (
+    (re.compile(r"<class '([\w.]+)'>"), r"\1"),
+    (re.compile(r"typing\.Literal\[(.*?)\]"), r"one of \1"),
+    (re.compile(r"Expected an? (.*?)\. Got value: (.*)"), r"expected \1, got \2"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", 1)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            where = str(error.filename) if error.filename else None
-            return _fail(str(RunFolderError(os.strerror(error.errno), where=where, fix="name a folder with space and access")), _USAGE)
-        raise
+        refusal = unwritable(error)
+        if refusal is None:
+            raise
+        return _fail(str(refusal), refusal.exit_code)
     return 0
 
 
@@ -70,15 +80,22 @@ def _parse(module: Any, verb: str, words: list[str]) -> Any:
         return parser.instantiate(parser.parse_args(words))
     except PolyrefError:
         raise
-    except SystemExit as stop:
+    except SystemExit as stop:  # --help and --print_config; whatever is wrong is raised, as exit_on_error is off
         if stop.code:
-            raise ConfigError(f"polyref {verb} cannot read its settings", fix=f"see polyref {verb} --help") from stop
+            raise
         return None
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         cause = _polyref_cause(error)
         if cause is not None:
             raise cause from error
-        raise ConfigError(_first_reason(str(error)), where=f"polyref {verb}", fix=f"see polyref {verb} --help") from error
+        raise ConfigError(_reason(str(error)), where=_where(verb, words), fix=f"see polyref {verb} --help") from error
+
+
+def _where(verb: str, words: Sequence[str]) -> str:
+    """The command, with the settings file it was given."""
+    after = [value for word, value in zip(words, words[1:], strict=False) if word == "--config"]
+    joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    return " ".join([f"polyref {verb}", *(f"--config {file}" for file in after + joined)])
 
 
 def _polyref_cause(error: BaseException | None) -> PolyrefError | None:
@@ -90,10 +107,21 @@ def _polyref_cause(error: BaseException | None) -> PolyrefError | None:
     return None
 
 
-def _first_reason(text: str) -> str:
-    """A parser's many-line error as one readable line: the key, and the last reason given."""
-    lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
-    return ": ".join(dict.fromkeys(re.sub(r":$", "", line) for line in (lines[:1] + lines[-1:])))
+def _reason(text: str) -> str:
+    """A parser's many lines as one: the dotted name of the setting, and what is wrong with its value."""
+    if text.startswith("Unexpected config"):
+        return "the file holds no mapping of settings"
+    lines = [line.strip(" -") for line in text.replace('in "<unicode string>", ', "").splitlines()]
+    if text.startswith("Problems parsing config"):
+        return " ".join(lines)
+    name = ""
+    for key in re.findall(r'Parser key "([^"]*)"', text):
+        name = key if key.startswith(name) else f"{name}.{key}"
+    told = (re.sub(r'^Parser key "[^"]*":\s*', "", line) for line in lines)
+    reason = " or ".join(dict.fromkeys(line for line in told if line and not _UNTELLING.match(line))) or "cannot be read"
+    for pattern, plain in _PLAIN_WORDS:
+        reason = pattern.sub(plain, reason)
+    return f"{name}: {reason}" if name else reason
 
 
 def _fail(line: str, code: int) -> int:

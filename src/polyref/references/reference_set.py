@@ -97,7 +97,7 @@ class ReferenceSet:
     def __post_init__(self) -> None:
         members = (self.members,) if isinstance(self.members, Reference) else tuple(self.members)
         if not members:
-            raise ReferenceSetError("a reference set needs at least one member")
+            raise ReferenceSetError("a reference set has no member", fix="give at least one reference, or none at all")
         if self.composition not in COMPOSITIONS:
             raise ReferenceSetError(f"unknown composition {self.composition!r}", fix="use geometric or arithmetic")
         weights = tuple(self.weights) if self.weights is not None else (1 / len(members),) * len(members)

@@ -15,7 +15,7 @@ import numpy as np
 
 from polyref.data.collate import collate, grouped_batches, row_length
 from polyref.data.tokenize import TokenizedPreferences, tokenize_for_reference, tokenizer_fingerprint
-from polyref.errors import ReferenceSetError
+from polyref.errors import DataError, InputError, ModelError, ReferenceSetError
 from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.scoring.cache import CachedScore, CacheWriter, LogProbCache, ScorerKey, row_key
 from polyref.scoring.logprobs import ScoringPlan, completion_logps, probe, to_device
@@ -32,7 +32,7 @@ from polyref.scoring.models import (
     module_fingerprint,
     weights_fingerprint,
 )
-from polyref.types import TokenizedPair
+from polyref.types import PreferenceRecord, TokenizedPair
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,9 @@ def score_references(
 
     Raises ReferenceSetError where a member cannot score the data (vocabulary, context length), naming member and row.
     """
+    if not data.pairs:
+        what = f"none of {data.report.dropped} pairs has a completion left to score"
+        raise DataError(what, fix="raise max_length, or give pairs with completions")
     members = [_prepare(reference, data, tokenizer) for reference in references.members]
     for member in members:
         logger.info("%s", member.report)
@@ -178,27 +181,33 @@ def _own_tokenizer(reference: Reference) -> Any:
 
 def _check_fit(reference: Reference, items: Sequence[TokenizedPair], data: TokenizedPreferences) -> Any:
     """The member's text configuration, after checking that its vocabulary and context hold every pair."""
-    whole = reference.model.config if reference.in_memory else load_config(reference.source)
-    check_config(whole, reference.label)
-    config = whole.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    for pair, record in zip(items, data.records, strict=True):
+    config = reference.model.config if reference.in_memory else load_config(reference.source)
+    check_config(config, reference.label)
+    check_fit(config, items, data.records, f"reference {reference.label}", refuse=ReferenceSetError)
+    return config.get_text_config()
+
+
+def check_fit(
+    config: Any,
+    pairs: Sequence[TokenizedPair],
+    records: Sequence[PreferenceRecord],
+    whose: str,
+    *,
+    refuse: type[InputError] = ModelError,
+) -> None:
+    """Raise `refuse`, naming the first such row, where `pairs` go beyond the vocabulary or the context of a model."""
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    for pair, record in zip(pairs, records, strict=True):
         where = f"{record.source}, row {record.row}"
         highest = max(max(ids) for ids in (pair.prompt_ids, *pair.completions))
-        if highest >= config.vocab_size:
-            raise ReferenceSetError(
-                f"token id {highest} is outside the vocabulary ({config.vocab_size}) of reference {reference.label}",
-                where=where,
-                fix="give this reference its own tokenizer",
-            )
+        if highest >= text.vocab_size:
+            what = f"token id {highest} is outside the vocabulary ({text.vocab_size}) of {whose}"
+            raise refuse(what, where=where, fix="give it the tokenizer that it was trained with")
         longest = len(pair.prompt_ids) + max(map(len, pair.completions))
         if context is not None and longest > context:
-            raise ReferenceSetError(
-                f"{longest} tokens do not fit the context of {context} of reference {reference.label}",
-                where=where,
-                fix="lower max_length or shorten its system prompt",
-            )
-    return config
+            what = f"{longest} tokens do not fit the context of {context} of {whose}"
+            raise refuse(what, where=where, fix="lower max_length or shorten its system prompt")
 
 
 def _same_weights(members: Sequence[_Member], waiting: Sequence[int]) -> list[list[int]]:

@@ -64,9 +64,9 @@ def load_causal_lm(source: ModelSource) -> PreTrainedModel:
     if source.gguf_file is None:
         options["use_safetensors"] = True
     with _one_line(source, "model"):
-        model: PreTrainedModel
-        model, loaded = AutoModelForCausalLM.from_pretrained(source.model, **options, output_loading_info=True)
-    if missing := sorted(loaded["missing_keys"]):
+        loading: Any = AutoModelForCausalLM.from_pretrained(source.model, **options, output_loading_info=True)
+    model: PreTrainedModel = loading[0]
+    if missing := sorted(loading[1]["missing_keys"]):
         what = f"{len(missing)} of its weights are not there, such as {missing[0]}, and would be random"
         raise ModelError(what, where=source.model, fix="give the whole model, as save_pretrained writes it")
     if source.gguf_file is not None:
@@ -158,7 +158,6 @@ def adapter_fingerprint(adapter: str | None) -> str:
     """As `weights_fingerprint`, for a PEFT adapter's weights and configuration. The empty string for none."""
     if adapter is None:
         return ""
-    _check_adapter(adapter)
     _check_adapter(adapter)
     source = ModelSource(adapter)
     folder = source.folder or _hub_snapshot(source)

@@ -69,7 +69,10 @@ class PreferenceConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(str(error), where="training settings", fix="change the setting that it names") from error
 
     def _check(self) -> None:
         self.pair_loss()
@@ -102,6 +105,6 @@ class PreferenceConfig(TrainingArguments):
             raise ConfigError("remove_unused_columns is true", fix="leave it false: the trainer makes its own columns")
 
     def pair_loss(self) -> PairLoss:
-        """The pair loss these settings name. As in TRL, sigmoid with label_smoothing is the smoothed loss."""
+        """The pair loss these settings name. sigmoid with label_smoothing is the smoothed loss (TRL 1.16 ignores it there)."""
         smoothed = self.loss_type == "sigmoid" and self.label_smoothing > 0
         return pair_loss("smoothed" if smoothed else self.loss_type, self.beta, self.label_smoothing)
