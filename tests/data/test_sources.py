@@ -249,3 +249,10 @@ def test_one_prompt_cannot_be_split():
     records = load_preferences([{"prompt": "q", "chosen": str(i), "rejected": "r"} for i in range(4)])
     with pytest.raises(DataError, match="1 prompts for 4 pairs cannot be split with at most 2 pairs held out"):
         split_by_prompt(records, held_out=2, seed=0)
+
+
+def test_precomputed_reference_columns_are_not_ignored_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "ref_chosen_logps": -1.0}] * 2
+    with caplog.at_level("WARNING", logger="polyref"):
+        load_preferences(rows)
+    assert caplog.text.count("ref_chosen_logps not used") == 1

@@ -178,7 +178,7 @@ def _train_in(
         "divergence": args.divergence,
         "loss_type": args.loss_type,
         "beta": args.beta,
-        "train_pairs": len(records),
+        "train_pairs": len(trainer.train_dataset),
         "compatibility": list(scores.compatibility),
         "cache_hit_rate": scores.hit_rate,
         "before": before,

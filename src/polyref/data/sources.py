@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 from collections import defaultdict
@@ -20,6 +21,8 @@ from polyref.types import PreferenceRecord, Text
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _IN_MEMORY = "memory"
@@ -47,6 +50,8 @@ def load_preferences(
     for row in read_rows(source, split=split, revision=revision):
         if isinstance(row.value, DataError):
             raise row.value
+        if not records:
+            _tell_unused(row)
         record = parse_record(row.value, source=row.source, row_number=row.number, columns=columns)
         check_weight_count(record, records[0] if records else record, columns)
         records.append(to_messages(record, prompt_format, columns=columns))
@@ -55,6 +60,15 @@ def load_preferences(
     if not records:
         raise DataError("there are no rows", where=source_name(source), fix="give data with at least one pair")
     return records
+
+
+def _tell_unused(row: Row) -> None:
+    """Say that precomputed reference log-probs are not read: nothing tells which model, length or template made them."""
+    unused = [
+        name for name in ("ref_chosen_logps", "ref_rejected_logps") if isinstance(row.value, Mapping) and name in row.value
+    ]
+    if unused:
+        logger.warning("%s: %s not used; references are scored once, through the cache", row.source, " and ".join(unused))
 
 
 def load_packaged(name: str, *, prompt_format: str = "as_is", limit: int | None = None) -> list[PreferenceRecord]:
