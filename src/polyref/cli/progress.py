@@ -29,6 +29,7 @@ class Meter:
         self.tasks: dict[str, Any] = {}
         self.started: dict[str, tuple[float, int]] = {}
         self.told: dict[str, float] = {}
+        self.done: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -38,11 +39,12 @@ class Meter:
         self.bar.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` units of `what`."""
-        if what not in self.started:
+        """`done` of `total` units of `what`; fewer than before begins a new piece of work of that name."""
+        if what not in self.started or done < self.done[what]:
             self.told[what] = time.monotonic()
             self.started[what] = (self.told[what], done)
             self.tasks[what] = self.bar.add_task(Text(what).plain, total=total)
+        self.done[what] = done
         self.bar.update(self.tasks[what], completed=done, total=total)
         now = time.monotonic()
         if self.bar.disable and (now - self.told[what] > PLAIN_SECONDS or done >= total):
