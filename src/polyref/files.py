@@ -8,14 +8,15 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
 
-from polyref.errors import RunFolderError
+from polyref.errors import PolyrefError, RunFolderError
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)|PytorchStreamWriter failed writing|inline_container.* unexpected pos")
 _CHUNK = 1 << 20
 _SPACE = "free some space, or name a folder on another disk"
 _ACCESS = "name a folder that you may write to"
@@ -33,11 +34,21 @@ _FIXES = {
 
 @contextmanager
 def write_errors(path: str | Path) -> Iterator[None]:
-    """Turn any OSError of the body into a RunFolderError that names `path`, the reason and the way out, in one line."""
+    """Turn any OSError of the body into a RunFolderError that names `path`, the reason and the way out, in one line.
+
+    So too where safetensors or torch, which write by their own means, could not write a file whole.
+    """
     try:
         yield
     except OSError as error:
         raise _refusal(error, str(path)) from error
+    except PolyrefError:
+        raise
+    except Exception as error:
+        if said := _SYSTEM_ERROR.search(str(error)):
+            number = int(said[1] or errno.ENOSPC)
+            raise _refusal(OSError(number, os.strerror(number)), str(path)) from error
+        raise
 
 
 def unwritable(error: OSError) -> RunFolderError | None:
@@ -142,4 +153,5 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing was written, or nothing can be done about it; the first error is the one to tell
+            path.unlink()

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from transformers import TrainingArguments
 
 from polyref.cli.settings import DataSettings, LoraSettings
+from polyref.errors import ConfigError
 from polyref.references.reference_set import ReferenceSet
 from polyref.training.config import PreferenceConfig
 
@@ -82,6 +83,8 @@ def run(settings: Namespace) -> None:
     values = vars(settings)
     policy = PolicySettings(**pick(values, PolicySettings))
     data = DataSettings(**pick(values, DataSettings))
+    if not values["output_dir"].strip():
+        raise ConfigError("output_dir is empty", fix="name the run folder")
     run_dir = Path(values["output_dir"])
     args = PreferenceConfig(**pick(values, PreferenceConfig) | {"output_dir": str(run_dir / "stages" / "train")})
     shown = {k: v for k, v in values.items() if k not in ("config", "output_dir")}

@@ -6,9 +6,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from polyref.errors import ConfigError
 from polyref.objectives.pairwise import PairLoss, pair_loss
+
+_COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "precompute_ref_batch_size",
+)
 
 LossType = Literal["sigmoid", "hinge", "ipo", "smoothed", "robust"]
 
@@ -73,9 +81,19 @@ class PreferenceConfig(TrainingArguments):
             super().__post_init__()
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(str(error), where="training settings", fix="change the setting that it names") from error
+        for tracker in self.report_to:
+            if tracker not in get_available_reporting_integrations():
+                raise ConfigError(f"report_to names {tracker!r}, which is not installed", fix="install it, or give none")
 
     def _check(self) -> None:
         self.pair_loss()
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}", fix="give at least 1")
+        if not self.learning_rate >= 0:
+            raise ConfigError(f"learning_rate is {self.learning_rate}", fix="give at least 0")
+        if not self.num_train_epochs > 0 and self.max_steps < 1:
+            raise ConfigError(f"num_train_epochs is {self.num_train_epochs}", fix="give a number above 0, or max_steps")
         if self.divergence not in ("reverse", "forward"):
             raise ConfigError(f"unknown divergence {self.divergence!r}", fix="use reverse or forward")
         if self.truncation_mode not in ("keep_start", "keep_end"):
@@ -99,8 +117,6 @@ class PreferenceConfig(TrainingArguments):
             raise ConfigError(
                 "precompute_ref_log_probs is false", fix="leave it true: references are scored once, through the cache"
             )
-        if self.precompute_ref_batch_size < 1:
-            raise ConfigError(f"precompute_ref_batch_size is {self.precompute_ref_batch_size}", fix="give at least 1")
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns is true", fix="leave it false: the trainer makes its own columns")
 
