@@ -98,7 +98,7 @@ def grouped_batches(
     that running out of memory shows at once.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
-    if seed is None:
+    if seed is None or not len(lengths):
         return [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(lengths))

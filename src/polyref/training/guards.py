@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def check_starts_at_reference(logps: Tensor, anchor: Tensor, dtype: torch.dtype)
     if gap > allowed:
         raise ModelError(
             f"policy and reference are the same model, but their log-probabilities differ by {float(gap):.3g} nats at step 0",
-            fix="switch dropout off and score both in one dtype",
+            fix="switch dropout off and score both in one dtype; where the policy starts from a trained adapter, "
+            "give references: the base model with that adapter, or without it",
         )
 
 
@@ -33,12 +35,11 @@ class FallingChosenWarning(TrainerCallback):
     """Says once, in plain words, when the chosen completions lose probability while the margins grow.
 
     `logps/chosen` averaged over the last `window` log lines is compared with its first value; a fall of more than `share` of
-    it, with margins above their first value, warns.
+    it, with margins above their first value, warns. It reads the log that checkpoints keep, so a resumed run judges alike.
     """
 
     def __init__(self, window: int = 3, share: float = 0.05) -> None:
         self.window, self.share = window, share
-        self.history: list[tuple[float, float]] = []
         self.warned = False
 
     def on_log(
@@ -52,10 +53,10 @@ class FallingChosenWarning(TrainerCallback):
         """Judge the newest log line."""
         if self.warned or not logs or "logps/chosen" not in logs:
             return
-        self.history.append((logs["logps/chosen"], logs["rewards/margins"]))
-        if len(self.history) <= self.window:
+        history = [(line["logps/chosen"], line["rewards/margins"]) for line in state.log_history if "logps/chosen" in line]
+        if len(history) <= self.window:
             return
-        (first, first_margin), recent = self.history[0], self.history[-self.window :]
+        (first, first_margin), recent = history[0], history[-self.window :]
         now = sum(chosen for chosen, _ in recent) / self.window
         margin = sum(m for _, m in recent) / self.window
         if now < first - self.share * abs(first) and margin > first_margin:
@@ -67,3 +68,32 @@ class FallingChosenWarning(TrainerCallback):
                 now,
                 first,
             )
+
+
+class WholeWindows(TrainerCallback):
+    """Logs before every evaluation and checkpoint and at the end of training, where logging is on at all.
+
+    The means of a log line are then never cut in two by a kill: a resumed run logs the lines of an unbroken one.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """After an optimiser step."""
+        if args.logging_strategy != "no" and (control.should_save or control.should_evaluate or control.should_training_stop):
+            control.should_log = True
+        return control
+
+    on_epoch_end = on_step_end
+
+
+def mean_loss(log_history: Sequence[Mapping[str, Any]], *, otherwise: float) -> float:
+    """Mean loss over all logged steps, each line standing for the steps since the one before; `otherwise` if there is none.
+
+    transformers divides by the steps of the last call to `train` alone.
+    """
+    total, last = 0.0, 0
+    for line in log_history:
+        if "loss" in line:
+            total, last = total + (line["step"] - last) * line["loss"], line["step"]
+    return total / last if last else otherwise

@@ -18,20 +18,23 @@ from transformers.trainer_utils import EvalLoopOutput
 from polyref.data.sources import load_preferences
 from polyref.data.tokenize import TokenizedPreferences, tokenize_records
 from polyref.errors import ConfigError, DataError, ModelError, TrainingDivergedError
-from polyref.files import write_bytes
+from polyref.files import write_bytes, write_errors
 from polyref.objectives.metrics import preference_accuracy
 from polyref.objectives.pairwise import dr_dpo
 from polyref.references.compose import implied_difference
 from polyref.references.reference_set import Reference, ReferenceSet
-from polyref.references.score import Progress, ReferenceScores, score_references
+from polyref.references.score import Progress, ReferenceScores, check_fit, score_references
 from polyref.scoring.logprobs import ScoringPlan, causal_lm, completion_logps, probe
 from polyref.scoring.models import ModelSource, cache_home, check_config, load_causal_lm, load_tokenizer, refuse_prompt_learning
 from polyref.training.config import PreferenceConfig
 from polyref.training.dataset import GroupedSampler, PairCollator, ScoredPairs
-from polyref.training.guards import FallingChosenWarning, check_starts_at_reference
+from polyref.training.guards import FallingChosenWarning, WholeWindows, check_starts_at_reference, mean_loss
 from polyref.types import PreferenceRecord, TokenBatch
 
 logger = logging.getLogger(__name__)
+
+METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+"""What a log line adds to the loss, each a mean over pairs: rewards in reward units, log-probabilities in nats."""
 
 BATCH_FIELDS = ("input_ids", "position_ids", "segment_ids", "source_index", "target_ids", "completion_index")
 
@@ -79,24 +82,28 @@ class PreferenceTrainer(Trainer):
         self.difference = implied_difference(self.references.composition if self.references else "geometric", args.divergence)
         self.pair_loss = args.pair_loss()
         _check_parallelism(args)
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ConfigError("eval_strategy is set, but there is nothing to evaluate on", fix="give an eval_dataset")
 
         tokenizer = processing_class
         if isinstance(model, str | Path):
             tokenizer = tokenizer or load_tokenizer(ModelSource(str(model)))
             model = load_causal_lm(ModelSource(str(model)))
         model = _prepared_policy(model, args, peft_config)
-        tokenizer = tokenizer or load_tokenizer(ModelSource(causal_lm(model).config._name_or_path))
+        tokenizer = tokenizer or _tokenizer_of(model)
 
         self.reference_scores: dict[str, ReferenceScores] = {}
         self._reference_progress = reference_progress
-        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._sums = {"train": torch.zeros(len(METRICS) + 1), "eval": torch.zeros(len(METRICS) + 1)}
+        self._evaluated: Any = None
         self._checked_start = self.references is not None
         super().__init__(
             model=model,
             args=args,
             data_collator=PairCollator(_pad_token_id(tokenizer)),
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[FallingChosenWarning(), *(callbacks or [])],
+            callbacks=[WholeWindows(), FallingChosenWarning(), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: accumulation divides it
@@ -121,6 +128,7 @@ class PreferenceTrainer(Trainer):
                 f"no pair of the {name} set has a completion left within {self.args.max_length} tokens", fix="raise max_length"
             )
         logger.info("%s set: %s", name, data.report)
+        check_fit(causal_lm(self.model).config, data.pairs, data.records, "the policy")
         scores = self._score(data)
         self.reference_scores[name] = scores
         chosen, rejected = torch.from_numpy(scores.chosen), torch.from_numpy(scores.rejected)
@@ -156,7 +164,7 @@ class PreferenceTrainer(Trainer):
         )
         scored = completion_logps(model, batch, self.plan)
         logps, tokens, anchor = scored.total.view(-1, 2), scored.tokens.view(-1, 2), inputs["anchor"]
-        if not self._checked_start and self.model.training:
+        if not self._checked_start and self.model.training and self.state.global_step == 0:
             check_starts_at_reference(logps, anchor, next(model.parameters()).dtype)
             self._checked_start = True
         policy, reference = (logps / tokens, anchor / tokens) if self.args.length_normalise else (logps, anchor)
@@ -169,34 +177,31 @@ class PreferenceTrainer(Trainer):
         with torch.no_grad():
             zero = torch.zeros_like(h)
             rewards = [self.difference(policy[:, i], zero, reference[:, i], zero, beta) for i in (0, 1)]
-            self._add("train" if self.model.training else "eval", logps, h, rewards)
+            self._add("train" if self.model.training else "eval", [*rewards, h, preference_accuracy(h), *logps.unbind(1)])
         return (loss, {"implied_difference": h.detach()}) if return_outputs else loss
 
-    def _add(self, mode: str, logps: Tensor, h: Tensor, rewards: list[Tensor]) -> None:
-        values = {
-            "rewards/chosen": rewards[0],
-            "rewards/rejected": rewards[1],
-            "rewards/margins": h,
-            "rewards/accuracies": preference_accuracy(h),
-            "logps/chosen": logps[:, 0],
-            "logps/rejected": logps[:, 1],
-        }
-        for name, value in values.items():
-            total = torch.stack([value.detach().double().sum(), torch.tensor(float(len(value)), dtype=torch.float64)])
-            self._sums[mode][name] = self._sums[mode][name] + total if name in self._sums[mode] else total
+    def _add(self, mode: str, values: list[Tensor]) -> None:
+        """Add METRICS (B,) of a batch, and their number, to what the next line averages."""
+        sums = torch.stack([value.detach().sum() for value in values]).cpu().double()
+        self._sums[mode] = self._sums[mode] + torch.cat([sums, sums.new_tensor([len(values[0])])])
 
     def _means(self, mode: str) -> dict[str, float]:
         """Means over all pairs of all processes since the last call."""
-        sums, self._sums[mode] = self._sums[mode], {}
-        if not sums:
-            return {}
-        totals = self.accelerator.reduce(torch.stack(list(sums.values())).to(self.args.device), "sum")
-        return {name: float(total / count) for name, (total, count) in zip(sums, totals, strict=True)}
+        sums, self._sums[mode] = self._sums[mode], torch.zeros(len(METRICS) + 1)
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
+        *totals, count = sums.tolist()
+        return {name: total / count for name, total in zip(METRICS, totals, strict=True)} if count else {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the training means to a line about training; lines about evaluation carry theirs already."""
+        """Add the training means to a line about training; lines about evaluation carry theirs already.
+
+        `train_loss` of the last line becomes the mean over all steps, those before a resume included.
+        """
         if "loss" in logs:
             logs = logs | self._means("train")
+        if "train_loss" in logs:
+            logs["train_loss"] = mean_loss(self.state.log_history, otherwise=logs["train_loss"])
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -208,7 +213,7 @@ class PreferenceTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As Trainer's, with the preference metrics among the returned ones, so that `metric_for_best_model` can name them."""
-        self._sums["eval"] = {}
+        self._evaluated, self._sums["eval"] = dataloader.dataset, torch.zeros(len(METRICS) + 1)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = {f"{metric_key_prefix}_{name}": value for name, value in self._means("eval").items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
@@ -224,16 +229,19 @@ class PreferenceTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        return GroupedSampler(
-            dataset.lengths, self._train_batch_size * self.args.world_size, self.args.data_seed or self.args.seed
-        )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedSampler(dataset.lengths, self._train_batch_size * self.args.world_size, seed)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with write_errors(self.args.output_dir or "."):
+            super()._save_checkpoint(model, trial)
 
     def _set_signature_columns_if_needed(self) -> None:
         vars(self)["_signature_columns"] = []
 
     def _stop_diverged(self, index: Tensor) -> None:
         """Save which rows the loss broke on, and stop before the optimiser sees it."""
-        dataset: Any = self.train_dataset if self.model.training else self.eval_dataset
+        dataset: Any = self.train_dataset if self.model.training else self._evaluated
         rows = [{"source": p.record.source, "row": p.record.row} for p in map(dataset.__getitem__, index.tolist())]
         file = Path(self.args.output_dir or ".") / "nonfinite_batch.json"
         write_bytes(file, json.dumps({"step": self.state.global_step, "rows": rows}, indent=2).encode())
@@ -251,7 +259,10 @@ def _prepared_policy(model: nn.Module, args: PreferenceConfig, peft_config: Any)
 
         if isinstance(model, PeftModel):
             raise ConfigError("peft_config is given for a model that is a PEFT model already", fix="give one or the other")
-        model = get_peft_model(model, peft_config)
+        try:
+            model = get_peft_model(model, peft_config)
+        except ValueError as error:
+            raise ConfigError(str(error), where="peft_config", fix="name layers of this model in target_modules") from error
     refuse_prompt_learning(model, "policy")
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError("no parameter of the policy is trainable", fix="load the adapter with is_trainable=True")
@@ -259,10 +270,9 @@ def _prepared_policy(model: nn.Module, args: PreferenceConfig, peft_config: Any)
         causal_lm(model).enable_input_require_grads()
     if args.disable_dropout:
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
+            if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
-            elif isinstance(getattr(module, "attention_dropout", None), float):
-                vars(module)["attention_dropout"] = 0.0
+            vars(module).update({k: 0.0 for k, v in vars(module).items() if "drop" in k and isinstance(v, float)})
     return model
 
 
@@ -287,6 +297,14 @@ def _prompt_weights(records: list[PreferenceRecord], references: ReferenceSet) -
                 fix="give one weight a reference",
             )
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def _tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
+    """The tokenizer kept with the model's weights."""
+    name = causal_lm(model).config._name_or_path
+    if not name:
+        raise ModelError("the policy was made in memory and brings no tokenizer", fix="pass processing_class")
+    return load_tokenizer(ModelSource(name))
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
