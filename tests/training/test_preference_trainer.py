@@ -284,14 +284,15 @@ def test_activation_checkpointing_changes_no_weight(world: World, monkeypatch: p
     monkeypatch.setattr(LlamaMLP, "forward", counted)
     for peft in (None, tiny_lora()):
         runs = []
-        for checkpointing in (False, True):
-            trainer = world.trainer(8, peft=peft, activation_checkpointing=checkpointing)
+        for settings in ({}, *({"activation_checkpointing_kwargs": {"use_reentrant": value}} for value in (False, True))):
+            trainer = world.trainer(8, peft=peft, activation_checkpointing=bool(settings), **settings)
             passes = 0
             trainer.train()
             runs.append((passes, weights(trainer.model)))
-        assert runs[1][0] > runs[0][0], "activations were made again"
-        for name, parameter in runs[0][1].items():
-            torch.testing.assert_close(runs[1][1][name], parameter, rtol=1e-5, atol=1e-6)
+        for made, parameters in runs[1:]:
+            assert made > runs[0][0], "activations were made again"
+            for name, parameter in runs[0][1].items():
+                torch.testing.assert_close(parameters[name], parameter, rtol=1e-5, atol=1e-6)
 
 
 # The reference when none is given, and adapters
