@@ -73,7 +73,7 @@ def _parse(module: Any, verb: str, words: list[str]) -> Any:
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=f"polyref {verb}", description=VERBS[verb].capitalize() + ".", exit_on_error=False)
+    parser = ArgumentParser(prog=f"polyref {verb}", description=VERBS[verb][0].upper() + VERBS[verb][1:] + ".", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags win over it.")
     module.add_arguments(parser)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
@@ -81,7 +82,8 @@ class PreferenceConfig(TrainingArguments):
             super().__post_init__()
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(str(error), where="training settings", fix="change the setting that it names") from error
-        for tracker in self.report_to:
+        self.dataloader_pin_memory &= torch.accelerator.is_available() and not self.use_cpu
+        for tracker in self.report_to or ():
             if tracker not in get_available_reporting_integrations():
                 raise ConfigError(f"report_to names {tracker!r}, which is not installed", fix="install it, or give none")
 
