@@ -120,8 +120,12 @@ def train(run: Path) -> bool:
 
 
 def report(arguments: argparse.Namespace, runs: list[Path]) -> None:
-    """Accuracy and margin by arm over all seeds: intervals from a bootstrap over prompts, seeds of a pair in one cluster."""
+    """Accuracy and margin by arm over all seeds: intervals from a bootstrap over prompts, seeds of a pair in one cluster.
+
+    `gain` is the paired difference of accuracy, after less before; `lead over` an arm that of two references less one.
+    """
     rows: dict[str, dict[str, Any]] = {}
+    correct: dict[tuple[str, str], np.ndarray] = {}
     for arm in ARMS:
         folders = [run for run in runs if run.name.startswith(arm.replace(" ", "-") + "-seed")]
         summaries = [json.loads((run / "summary.json").read_text()) for run in folders]
@@ -129,13 +133,18 @@ def report(arguments: argparse.Namespace, runs: list[Path]) -> None:
         for when in ("before", "after"):
             h = np.array([summary[when]["h"] for summary in summaries])
             prompts = np.tile(summaries[0][when]["prompt_ids"], len(summaries))
-            correct = (h > 0) + 0.5 * (h == 0)
+            correct[arm, when] = (h > 0) + 0.5 * (h == 0)
             rows[arm][when] = {
                 "pairs": h.shape[1],
-                "accuracy": list(mean_interval(correct.ravel(), prompts)),
-                "accuracy_by_seed": correct.mean(1).tolist(),
-                "margin": list(mean_interval(h.ravel(), prompts)),
+                "accuracy": list(mean_interval(correct[arm, when].ravel(), prompts, seed=0)),
+                "accuracy_by_seed": correct[arm, when].mean(1).tolist(),
+                "margin": list(mean_interval(h.ravel(), prompts, seed=0)),
             }
+        gain = correct[arm, "after"] - correct[arm, "before"]
+        rows[arm]["gain"] = list(mean_interval(gain.ravel(), prompts, seed=0))
+    for arm in list(ARMS)[1:]:
+        lead = correct["both", "after"] - correct[arm, "after"]
+        rows["both"][f"lead over {arm}"] = list(mean_interval(lead.ravel(), prompts, seed=0))
     result = {"tier": arguments.tier, "seeds": arguments.seeds, "arms": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"reference_study_{arguments.tier}.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -165,7 +174,8 @@ def draw(tier: str, rows: dict[str, dict[str, Any]]) -> None:
         axes.axvline(0.5 if key == "accuracy" else 0.0, color="#8a8f98", linewidth=0.8, linestyle=(0, (3, 3)))
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(RESULTS / f"reference_study_{tier}.png", dpi=150)
 
 

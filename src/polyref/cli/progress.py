@@ -56,10 +56,11 @@ class Meter:
 
 
 class TrainingProgress(TrainerCallback):
-    """The training steps of a Trainer on a `Meter`."""
+    """The training steps of a Trainer, and the batches of its evaluations, on a `Meter`."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
+        self.evaluated = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the empty bar."""
@@ -68,6 +69,13 @@ class TrainingProgress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """One step further."""
         self.meter("training", state.global_step, state.max_steps)
+
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One batch of an evaluation further."""
+        total = len(kwargs["eval_dataloader"])
+        self.evaluated = self.evaluated % total + 1
+        self.meter("evaluating", self.evaluated, total)
 
 
 class _Rate(ProgressColumn):
