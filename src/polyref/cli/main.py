@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module, metadata
+from io import TextIOWrapper
 from typing import Any
 
 from polyref.errors import ConfigError, PolyrefError, one_line
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         return _fail(f"unknown verb {verb!r}; use one of {', '.join(VERBS)}", _USAGE)
     _quiet_libraries()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a report may hold characters that the terminal has not
     try:
         module = import_module(f"polyref.cli.{verb}")
         settings = _parse(module, verb, words)
@@ -60,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", 1)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         refusal = unwritable(error)
         if refusal is None:
@@ -73,7 +79,8 @@ def _parse(module: Any, verb: str, words: list[str]) -> Any:
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=f"polyref {verb}", description=VERBS[verb][0].upper() + VERBS[verb][1:] + ".", exit_on_error=False)
+    purpose = VERBS[verb][0].upper() + VERBS[verb][1:] + "."
+    parser = ArgumentParser(prog=f"polyref {verb}", description=purpose, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags win over it.")
     module.add_arguments(parser)
     try:

@@ -1,0 +1,194 @@
+"""The command line as a person meets it: help, one training from beginning to end, interruptions, and scoring twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cli_world import World
+from polyref.cli.main import VERBS
+
+
+def test_without_a_verb_it_says_what_there_is(world: World) -> None:
+    overview = world.run([])
+    assert overview.code == 0 and world.run(["--help"]).out == world.run(["-h"]).out == overview.out
+    assert all(f"\n  {verb}  " in overview.out.replace("    ", "  ") or verb in overview.out for verb in VERBS)
+    assert world.run(["--version"]).out == f"polyref {metadata.version('polyref')}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_explains_every_setting(verb: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = world.run([verb, "--help"])
+    assert shown.code == 0 and not shown.err
+    settings = re.findall(r"^  (--?\w.*?)(?=^  -|^\S|\Z)", shown.out, re.MULTILINE | re.DOTALL)
+    names = {re.findall(r"--(\w+)", setting)[0]: setting for setting in settings}
+    assert len(names) > 5
+    for name, setting in names.items():
+        words = re.sub(r"\((required|type|default)\b.*", "", setting.split(name, 1)[1], flags=re.DOTALL)
+        assert len(re.findall(r"\b[a-z]{2,}\b", words)) >= 2, f"--{name} is not explained: {setting}"
+
+
+def test_printed_settings_are_a_configuration_file(world: World) -> None:
+    printed = world.run([*world.train(beta=0.25, lora={"r": 2}), "--print_config"])
+    assert printed.code == 0 and yaml.safe_load(printed.out)["beta"] == 0.25
+    config = world.file("config.yaml", printed.out)
+    again = world.run(["train", "--config", config, "--lora.r", "3", "--print_config"])
+    before, after = yaml.safe_load(printed.out), yaml.safe_load(again.out)
+    assert after.pop("lora")["r"] == 3 and before.pop("lora")["r"] == 2
+    assert before == after
+    assert not (world.path / "run").exists()
+
+
+def long_training(world: World, where: str) -> list[str]:
+    """Two references, a fresh adapter, held-out pairs, dropout in the adapter's place: all that a resume has to bring back."""
+    members = [{"model": str(world.model), "system_prompt": words} for words in ("Be brief.", "Be kind.")]
+    return world.train(
+        references={"members": members, "weights": [0.25, 0.75], "composition": "arithmetic"},
+        output_dir=world.path / where / "run",
+        cache_dir=world.path / where / "cache",
+        prompt_format="chat",
+        held_out=4,
+        lora={"r": 2, "alpha": 4},
+        learning_rate=0.01,
+        per_device_train_batch_size=2,
+        num_train_epochs=2,
+        logging_steps=1,
+        save_steps=2,
+    )
+
+
+def outputs(run: Path) -> dict[str, str]:
+    """SHA-256 of everything that a run hands over."""
+    files = [*(run / "model").iterdir(), *(run / name for name in ("metrics.jsonl", "summary.json", "report.html"))]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_a_training_from_beginning_to_end(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    words = long_training(world, "first")
+    done = world.run(words)
+    assert (done.code, done.out, done.err) == (0, "", "")
+    run = world.path / "first" / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["train_pairs"] == 8 and summary["after"]["pairs"] == 4 and summary["weights"] == [0.25, 0.75]
+    assert summary["after"]["margin"][0] > summary["before"]["margin"][0]
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        8,
+    ]
+    assert "<html" in (run / "report.html").read_text() and (run / "model" / "adapter_model.safetensors").is_file()
+
+    before, tree = outputs(run), world.tree()
+    with caplog.at_level(logging.INFO, logger="polyref"):
+        assert world.run(words).code == 0
+    assert f"{run} is complete; nothing to do" in caplog.messages
+    assert world.tree() == tree
+
+    assert world.run(long_training(world, "second")).code == 0
+    assert outputs(world.path / "second" / "run") == before
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert world.run(long_training(world, "unbroken")).code == 0
+    backward, steps = torch.Tensor.backward, []
+
+    def interrupted(self: torch.Tensor, *args: object, **kwargs: object) -> None:
+        steps.append(self)
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGINT)
+        backward(self, *args, **kwargs)
+
+    words = long_training(world, "broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", interrupted)
+        stopped = world.run(words)
+    assert stopped.code == 1
+    assert stopped.err == "polyref: interrupted; the same command goes on from here\n"
+    assert world.run(words).code == 0
+    assert outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")
+
+
+DRIVER = """
+import json, os, signal, sys
+import torch, peft
+from polyref.cli import train
+from polyref.cli.main import main
+from polyref.training import preference_trainer
+
+command, points = json.loads(sys.argv[1]), int(sys.argv[2])
+
+def counted(owner, name, tick):
+    original = getattr(owner, name)
+    def call(*args, **kwargs):
+        tick()
+        return original(*args, **kwargs)
+    setattr(owner, name, call)
+
+def run(number, kill_at=None):
+    "Exit status and count of writes and steps of a process of its own, which dies at the `kill_at`-th of them."
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        ticks = 0
+        def tick():
+            nonlocal ticks
+            ticks += 1
+            if ticks == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        for owner, name in ((os, "fsync"), (os, "replace"), (torch, "save"), (torch.Tensor, "backward")):
+            counted(owner, name, tick)
+        code = main([word.replace("NUMBER", str(number)) for word in command])
+        os.write(writer, str(ticks).encode())
+        os._exit(code)
+    os.close(writer)
+    _, status = os.waitpid(child, 0)
+    with open(reader) as file:
+        return os.waitstatus_to_exitcode(status), int(file.read() or 0)
+
+code, ticks = run(0)
+assert code == 0, code
+for number in range(1, points + 1):
+    assert run(number, number * ticks // (points + 1))[0] == -signal.SIGKILL
+    assert run(number)[0] == 0
+"""
+
+
+def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(world: World) -> None:
+    points = 6
+    command = json.dumps(long_training(world, "NUMBER"))
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, command, str(points)], env=world.environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    unbroken = outputs(world.path / "0" / "run")
+    assert len(unbroken) > 5
+    for number in range(1, points + 1):
+        assert outputs(world.path / f"{number}" / "run") == unbroken, number
+
+
+def test_scoring_twice_finds_everything(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = world.path / "first.parquet", world.path / "second.parquet"
+    with caplog.at_level(logging.INFO, logger="polyref"):
+        assert world.run(world.score(output=first)).code == 0
+        assert world.run(world.score(output=second)).code == 0
+    told = [message for message in caplog.messages if "hit rate" in message]
+    assert "24 completions scored, 0 found in the cache (hit rate 0.0%)" in told[0]
+    assert "0 completions scored, 24 found in the cache (hit rate 100.0%); nothing to score" in told[1]
+    assert first.read_bytes() == second.read_bytes()
