@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from toy_lm import GruLM, PrefixLM, World, completions, sequence_logps, sum_over_tokens, token_logps, total_variation
 
 from polyref.errors import ConfigError, ReferenceSetError
 from polyref.references.compose import (
@@ -22,6 +21,7 @@ from polyref.references.compose import (
     implied_difference,
     reverse_difference,
 )
+from toy_lm import GruLM, PrefixLM, World, completions, sequence_logps, sum_over_tokens, token_logps, total_variation
 
 BOTH = pytest.mark.parametrize("compose", [geometric, arithmetic])
 DIFFERENCES = pytest.mark.parametrize("difference", [reverse_difference, forward_difference])

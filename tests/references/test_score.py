@@ -157,6 +157,60 @@ def test_a_member_with_an_adapter_scores_as_the_adapted_model(
         np.testing.assert_allclose(both(scores)[..., column], by_hand(model, data), rtol=1e-4)
 
 
+def test_a_trained_head_reaches_no_other_member(
+    model_folder: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    from peft import get_peft_model
+
+    trained = get_peft_model(tiny_llama(tiny_tokenizer), tiny_lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    trained.save_pretrained(tmp_path / "head")
+    data, plain = tokens_of(3, tiny_tokenizer), Reference(model_folder)
+    both_members = ReferenceSet((Reference(model_folder, adapter=tmp_path / "head"), plain))
+    mixed = score_references(data, both_members, tiny_tokenizer)
+    alone = score_references(data, ReferenceSet((plain,)), tiny_tokenizer)
+    np.testing.assert_array_equal(both(mixed)[..., 1], both(alone)[..., 0])
+    np.testing.assert_allclose(both(mixed)[..., 0], by_hand(trained.eval(), data), rtol=1e-4)
+
+
+def test_a_member_of_weight_0_is_neither_loaded_nor_scored(model_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    data, broken = tokens_of(3, tiny_tokenizer), tiny_llama(tiny_tokenizer)
+    torch.nn.init.constant_(broken.lm_head.weight, math.nan)
+    members = (Reference(broken), Reference(model_folder), Reference("no/such/folder"))
+    references = ReferenceSet(members, (0.0, 1.0, 0.0))
+    assert references.needed() == (False, True, False)
+    assert references.needed(torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]])) == (True, True, False)
+    scores = score_references(data, references, tiny_tokenizer, needed=references.needed())
+    assert not scores.chosen[:, [0, 2]].any() and scores.misses == 6 and "weight is 0" in scores.compatibility[2]
+    chosen = torch.from_numpy(scores.chosen)
+    assert torch.equal(references.anchor(chosen), chosen[:, 1])
+    with pytest.raises(ReferenceSetError, match="1 entries for 3 references"):
+        score_references(data, references, tiny_tokenizer, needed=[True])
+
+
+def test_a_revision_is_that_of_the_repository_it_was_given_for(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(score, "load_tokenizer", asked.append)
+    for reference in (
+        Reference("owner/model", tokenizer="owner/model", revision="v1", trust_remote_code=True),
+        Reference(model_folder, tokenizer="owner/words", revision="v1"),
+        Reference(tiny_llama(tiny_tokenizer), tokenizer="owner/words", revision="v1"),
+        Reference("owner/model", tokenizer="owner/words", revision="v1"),
+    ):
+        score._own_tokenizer(reference)
+    assert [(source.model, source.revision) for source in asked] == [
+        ("owner/model", "v1"),
+        *[("owner/words", "v1")] * 2,
+        ("owner/words", None),
+    ]
+    assert asked[0].trust_remote_code and not asked[1].trust_remote_code
+
+
 def test_a_model_in_memory_is_known_by_its_weights_and_its_adapters_state(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -329,6 +383,8 @@ REFUSED = {
     "no such folder": lambda t, f: Reference(f / "absent"),
     "no adapter_config.json": lambda t, f: Reference(tiny_llama(t), adapter=f),
     "has an empty model name": lambda t, f: Reference(" "),
+    "weights of dtype float32, not bfloat16": lambda t, f: Reference(tiny_llama(t), dtype="bfloat16"),
+    "an adapter, not a model": lambda t, f: Reference(saved_lora(f, t, seed=0)),
     "unknown dtype": lambda t, f: Reference("some/model", dtype="int3"),
 }
 

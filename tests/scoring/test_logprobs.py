@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from typing import Any
@@ -167,6 +168,28 @@ def test_a_full_mask_on_a_sliding_window_model_is_refused() -> None:
     assert probe(make("gemma3")).mask == "by_layer_type"
     rows = logprobs._probe_items(model.config, None)
     assert max(len(prompt) for prompt, _ in rows) > WINDOW
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_in_half_precision_the_right_mask_is_kept_and_a_full_one_refused(name: str, attention: str) -> None:
+    """Attention that matters little changes a token by less than the worst rounding error, all tokens by more than usual."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        config = copy.deepcopy(CONFIGS[name])
+        config.initializer_range = 0.2
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().to(torch.bfloat16)
+        assert probe(model).mask == ("sliding" if name == "mistral" else "by_layer_type")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(logprobs, "_candidates", lambda config: [ScoringPlan(), ScoringPlan(layout="separate")])
+            assert probe(model).layout == "separate"
+
+
+def test_the_probe_is_longer_than_a_chunk_of_attention() -> None:
+    config = LlamaConfig(**SIZES)
+    config.attention_chunk_size = 40
+    assert max(len(prompt) for prompt, _ in logprobs._probe_items(config, 100)) > 40
+    assert max(len(prompt) for prompt, _ in logprobs._probe_items(config, 30)) == 16
 
 
 def test_logits_are_never_held_for_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from polyref.errors import ModelError
 from polyref.scoring.models import (
     ModelSource,
+    adapted,
     adapter_fingerprint,
-    attach_adapter,
-    detach_adapter,
     load_causal_lm,
     looks_like_path,
     module_fingerprint,
@@ -25,10 +25,10 @@ from polyref.scoring.models import (
 IDS = torch.tensor([[1, 5, 7, 2]])
 
 
-def tiny(seed: int = 0) -> Any:
+def tiny(seed: int = 0, *, bias: bool = False) -> Any:
     torch.manual_seed(seed)
     sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2, initializer_range=0.5)  # type: ignore[arg-type]
+    config = LlamaConfig(**sizes, attention_bias=bias, bos_token_id=1, eos_token_id=2, initializer_range=0.5)  # type: ignore[arg-type]
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -52,7 +52,7 @@ def test_a_file_of_the_hub_cache_is_known_by_its_name_and_not_read(tmp_path: Pat
     blob.write_bytes(b"not read")
     snapshot = tmp_path / "snapshots" / "1"
     snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
+    LlamaConfig().save_pretrained(snapshot)
     (snapshot / "model.safetensors").symlink_to(blob)
     first = weights_fingerprint(ModelSource(str(snapshot)))
     blob.write_bytes(b"other bytes, same name")
@@ -72,16 +72,58 @@ def test_a_model_in_memory_is_known_by_its_weights_and_by_adapters_only_while_th
     assert module_fingerprint(changed) != plain
 
 
-def test_an_adapter_is_attached_and_taken_off_without_a_trace(tmp_path: Path) -> None:
-    adapted = get_peft_model(tiny(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, init_lora_weights=False))
-    adapted.save_pretrained(tmp_path)
-    model = tiny()
+def test_a_setting_that_changes_what_is_computed_changes_the_fingerprint(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    source, config = ModelSource(str(tmp_path)), tmp_path / "config.json"
+    settings, before = json.loads(config.read_text()), weights_fingerprint(source)
+    for change in ({"rms_norm_eps": 1e-2}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}):
+        config.write_text(json.dumps(settings | change))
+        assert weights_fingerprint(source) != before
+    config.write_text(json.dumps(settings | {"dtype": "bfloat16", "pad_token_id": 3, "transformers_version": "4.0"}))
+    assert weights_fingerprint(source) == before
+    model, changed = tiny(), tiny()
+    changed.config.rms_norm_eps = 1e-2
+    assert module_fingerprint(model) != module_fingerprint(changed)
+
+
+def test_code_that_is_trusted_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    trusted, plain = (ModelSource(str(tmp_path), trust_remote_code=trust) for trust in (True, False))
+    before = weights_fingerprint(trusted), weights_fingerprint(plain)
+    (tmp_path / "modeling.py").write_text("SCALE = 2")
+    assert weights_fingerprint(trusted) != before[0]
+    assert weights_fingerprint(plain) == before[1]
+
+
+LORAS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "norms": {"modules_to_save": ["input_layernorm", "norm"]},
+    "bias": {"bias": "all"},
+}
+
+
+@pytest.mark.parametrize("changes", LORAS.values(), ids=LORAS)
+def test_an_adapter_is_attached_and_taken_off_without_a_trace(tmp_path: Path, changes: dict[str, Any]) -> None:
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, init_lora_weights=False, **changes)
+    trained = get_peft_model(tiny(bias=True), lora)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    trained.save_pretrained(str(tmp_path))
+    model = tiny(bias=True)
+    model.model.embed_tokens.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    names, fingerprint = [name for name, _ in model.named_modules()], module_fingerprint(model)
     with torch.no_grad():
         plain = model(IDS).logits
-        wrapped = attach_adapter(model, str(tmp_path))
-        torch.testing.assert_close(wrapped(IDS).logits, adapted.eval()(IDS).logits)
-        assert not torch.allclose(wrapped(IDS).logits, plain)
-        torch.testing.assert_close(detach_adapter(wrapped)(IDS).logits, plain)
+        with adapted(model, str(tmp_path)) as wrapped:
+            torch.testing.assert_close(wrapped(IDS).logits, trained.eval()(IDS).logits)
+            assert not torch.allclose(wrapped(IDS).logits, plain)
+        assert torch.equal(model(IDS).logits, plain)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert [name for name, _ in model.named_modules()] == names and module_fingerprint(model) == fingerprint
     assert adapter_fingerprint(None) == ""
     assert len(adapter_fingerprint(str(tmp_path))) == 64
 
@@ -90,6 +132,7 @@ def test_an_adapter_is_attached_and_taken_off_without_a_trace(tmp_path: Path) ->
     ("files", "said"),
     [
         ({}, "no config.json there"),
+        ({"config.json": "{}", "adapter_config.json": "{}"}, "an adapter, not a model.*adapter:"),
         ({"config.json": "{}", "pytorch_model.bin": "x"}, "its weights are pickled"),
         ({"config.json": '{"model_type": "t5", "is_encoder_decoder": true}'}, "encoder-decoder"),
         ({"config.json": "not json"}, "cannot load the model"),

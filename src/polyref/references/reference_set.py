@@ -27,7 +27,8 @@ class Reference:
         tokenizer: hub id, folder or tokenizer; by default the one kept with the model (the policy's for a model in memory).
         system_prompt: put before every conversation this reference sees. One set of weights under K system prompts is K
             references.
-        dtype: of the weights while scoring: float32, bfloat16, float16 or float64.
+        dtype: of the weights while scoring: float32 (the default), bfloat16, float16 or float64. A model in memory is scored in
+            its own, and another one is refused.
         gguf_file: a GGUF file inside `model`, dequantised on loading.
         name: what reports and logs call it; by default made from the parts.
         revision: of the hub repository.
@@ -38,7 +39,7 @@ class Reference:
     adapter: str | Path | None = None
     tokenizer: Any = None
     system_prompt: str | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     gguf_file: str | None = None
     name: str | None = None
     revision: str | None = None
@@ -47,8 +48,13 @@ class Reference:
     def __post_init__(self) -> None:
         if isinstance(self.model, str) and not self.model.strip():
             raise ReferenceSetError("a reference has an empty model name", fix="give a hub id or a folder")
+        if self.dtype is None:
+            return
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {self.dtype!r} of a reference", fix=f"use one of {', '.join(DTYPES)}")
+        if self.in_memory and self.scoring_dtype != self.dtype:
+            what = f"a reference in memory has weights of dtype {self.scoring_dtype}, not {self.dtype}"
+            raise ConfigError(what, fix=f"convert it with model.to(torch.{self.dtype}), or leave dtype out")
 
     @property
     def in_memory(self) -> bool:
@@ -58,7 +64,14 @@ class Reference:
     @property
     def source(self) -> ModelSource:
         """Where the weights come from. Members with equal sources share one loaded model."""
-        return ModelSource(str(self.model), self.gguf_file, self.dtype, self.revision, self.trust_remote_code)
+        return ModelSource(str(self.model), self.gguf_file, self.scoring_dtype, self.revision, self.trust_remote_code)
+
+    @property
+    def scoring_dtype(self) -> str:
+        """The dtype it scores in: `dtype`, by default float32; its own where the model is in memory already."""
+        if self.in_memory:
+            return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return self.dtype or "float32"
 
     @property
     def label(self) -> str:
@@ -78,9 +91,8 @@ class Reference:
 class ReferenceSet:
     """K references and their composition into one anchor.
 
-    geometric: log G_a(y|x) = sum_i a_i log pi_i(y|x) - log F_a(x); the prompt-only log F_a cancels between two
-        completions and is
-    left out. arithmetic: log M_a(y|x) = logsumexp_i(log a_i + log pi_i(y|x)). Both at the sequence level [arXiv 2502.01203].
+    geometric: log G_a(y|x) = sum_i a_i log pi_i(y|x) - log F_a(x); the prompt-only log F_a cancels between two completions and
+    is left out. arithmetic: log M_a(y|x) = logsumexp_i(log a_i + log pi_i(y|x)). Both at the sequence level [arXiv 2502.01203].
 
     Args:
         members: the references.
@@ -108,13 +120,18 @@ class ReferenceSet:
     def __len__(self) -> int:
         return len(self.members)
 
+    def needed(self, weights: Tensor | None = None) -> tuple[bool, ...]:
+        """Which members count at all: those of positive weight, in any row of `weights` (..., K) where prompts have theirs."""
+        if weights is None:
+            return tuple(a > 0 for a in self.weights or ())
+        return tuple((weights.reshape(-1, len(self)) > 0).any(0).tolist())
+
     def anchor(self, logps: Tensor, weights: Tensor | None = None) -> Tensor:
         """Anchor log-probabilities, up to a term of the prompt alone: (..., K) in nats -> (...).
 
         `weights` (..., K) replaces the set's own where prompts have theirs. Raises ReferenceSetError on NaN, on weights off the
-        simplex, and on completions without support: under geometric composition those to which a member of positive
-            weight gives
-        no mass, under arithmetic those to which all do.
+        simplex, and on completions without support: under geometric composition those to which a member of positive weight
+        gives no mass, under arithmetic those to which all do.
         """
         import torch
 

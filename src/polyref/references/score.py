@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,10 @@ from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.scoring.cache import CachedScore, CacheWriter, LogProbCache, ScorerKey, row_key
 from polyref.scoring.logprobs import ScoringPlan, completion_logps, probe, to_device
 from polyref.scoring.models import (
-    ModelSource,
+    adapted,
     adapter_fingerprint,
-    attach_adapter,
     check_config,
     default_device,
-    detach_adapter,
     load_causal_lm,
     load_config,
     load_tokenizer,
@@ -90,6 +88,7 @@ def score_references(
     batch_size: int = 8,
     device: torch.device | None = None,
     progress: Progress | None = None,
+    needed: Sequence[bool] | None = None,
 ) -> ReferenceScores:
     """log pi_i(y | x) of both completions of every pair under each member i: shapes (N, K), nats.
 
@@ -97,15 +96,24 @@ def score_references(
     tokens after its own prompt (system prompt included); one with another tokenizer scores the text. Members that share
     weights are loaded once, and one model is in memory at a time, whatever K is. With `cache_dir`, what was scored before, by
     anyone, is read and not computed; batches depend on the data alone, so an interrupted scoring goes on to the same bytes.
+    `needed` says which members to score, all by default (see `ReferenceSet.needed`); any other is not even loaded, and its
+    column is 0.
 
     Raises ReferenceSetError where a member cannot score the data (vocabulary, context length), naming member and row.
     """
     if not data.pairs:
         what = f"none of {data.report.dropped} pairs has a completion left to score"
         raise DataError(what, fix="raise max_length, or give pairs with completions")
-    members = [_prepare(reference, data, tokenizer) for reference in references.members]
-    for member in members:
-        logger.info("%s", member.report)
+    needed = (True,) * len(references) if needed is None else tuple(needed)
+    if len(needed) != len(references):
+        raise ReferenceSetError(f"`needed` has {len(needed)} entries for {len(references)} references", fix="give one a member")
+    lines = [f"reference {reference.label}: not scored, its weight is 0" for reference in references.members]
+    columns = [i for i, counts in enumerate(needed) if counts]
+    members = [_prepare(references.members[i], data, tokenizer) for i in columns]
+    for i, member in zip(columns, members, strict=True):
+        lines[i] = member.report
+    for line in lines:
+        logger.info("%s", line)
     device = device or default_device()
     with nullcontext(cache_dir) if cache_dir is not None else TemporaryDirectory() as folder:
         cache = LogProbCache(folder)
@@ -118,12 +126,11 @@ def score_references(
             _score_group([members[i] for i in group], cache, batch_size, device, meter)
             for i in group:
                 found[i] = cache.lookup(members[i].scorer, members[i].keys)
-    logps = np.array([[f[key].logp for key in member.keys] for f, member in zip(found, members, strict=True)])
-    pairs = logps.reshape(len(members), -1, 2)
-    lines = tuple(member.report for member in members)
-    return ReferenceScores(
-        pairs[:, :, 0].T.copy(), pairs[:, :, 1].T.copy(), hits, total - hits, meter.tokens, meter.seconds, lines
-    )
+    pairs = np.zeros((len(data.pairs), 2, len(references)))
+    for column, f, member in zip(columns, found, members, strict=True):
+        pairs[:, :, column] = np.reshape([f[key].logp for key in member.keys], (-1, 2))
+    chosen, rejected = pairs[:, 0].copy(), pairs[:, 1].copy()
+    return ReferenceScores(chosen, rejected, hits, total - hits, meter.tokens, meter.seconds, tuple(lines))
 
 
 @dataclass
@@ -155,28 +162,27 @@ def _prepare(reference: Reference, data: TokenizedPreferences, policy_tokenizer:
         system_prompt=reference.system_prompt or "",
         template=str(tokenizer.chat_template or ""),
         tokenizer=tokenizer_fingerprint(tokenizer),
-        dtype=_dtype(reference),
+        dtype=reference.scoring_dtype,
     )
     report = (
         f"reference {reference.label}: {'the policy’s tokenizer' if same else 'its own tokenizer, scoring the text'}, "
         f"{'with' if tokenizer.chat_template else 'without'} chat template, vocabulary {config.vocab_size}, "
-        f"longest sequence {longest} of {getattr(config, 'max_position_embeddings', None) or 'any'} tokens, {_dtype(reference)}"
+        f"longest sequence {longest} of {getattr(config, 'max_position_embeddings', None) or 'any'} tokens, "
+        f"{reference.scoring_dtype}"
     )
     return _Member(reference, items, scorer, report)
-
-
-def _dtype(reference: Reference) -> str:
-    """The dtype it scores in: its own where the model is in memory already."""
-    return str(next(reference.model.parameters()).dtype).removeprefix("torch.") if reference.in_memory else reference.dtype
 
 
 def _own_tokenizer(reference: Reference) -> Any:
     """The tokenizer the reference brings, or None where it has none of its own."""
     if reference.tokenizer is None:
         return None if reference.in_memory else load_tokenizer(reference.source)
-    if isinstance(reference.tokenizer, str | Path):
-        return load_tokenizer(ModelSource(str(reference.tokenizer), trust_remote_code=reference.trust_remote_code))
-    return reference.tokenizer
+    if not isinstance(reference.tokenizer, str | Path):
+        return reference.tokenizer
+    source = replace(reference.source, model=str(reference.tokenizer))
+    if not reference.in_memory and source.model != reference.source.model:
+        source = replace(source, gguf_file=None, revision=None if reference.source.folder is None else source.revision)
+    return load_tokenizer(source)
 
 
 def _check_fit(reference: Reference, items: Sequence[TokenizedPair], data: TokenizedPreferences) -> Any:
@@ -227,22 +233,12 @@ def _score_group(members: Sequence[_Member], cache: LogProbCache, batch_size: in
     model.to(device).eval()
     try:
         for member in members:
-            with cache.writer(member.scorer) as writer, _adapted(model, member.reference) as scorer:
+            adapter = member.reference.adapter
+            switched = nullcontext(model) if adapter is None else adapted(model, str(adapter))
+            with cache.writer(member.scorer) as writer, switched as scorer:
                 _score_member(member, scorer, writer, batch_size, device, meter)
     finally:
         model.to(home).train(training)
-
-
-@contextmanager
-def _adapted(model: nn.Module, reference: Reference) -> Iterator[nn.Module]:
-    if reference.adapter is None:
-        yield model
-        return
-    wrapped = attach_adapter(model, str(reference.adapter))  # type: ignore[arg-type]
-    try:
-        yield wrapped
-    finally:
-        detach_adapter(wrapped)
 
 
 def _score_member(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LAYOUT = "polyref log-probabilities 1"  # part of every scorer digest: a change of what is stored starts a new cache
+_LAYOUT = "polyref log-probabilities 2"  # part of every scorer digest: a change of what is stored starts a new cache
 _KEY_BYTES = 16
 
 

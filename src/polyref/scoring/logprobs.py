@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROBE_SEED = 0
+HALF_EPS = 1e-4  # between the resolution of float32 and those of float16 and bfloat16
+Size = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +103,9 @@ def probe(model: nn.Module, *, row_limit: int | None = None) -> ScoringPlan:
 
     Two prompts of different length, with two completions each, are scored in rows longer than any sliding window the model has
     (`row_limit`: the longest row that will ever be scored; a window beyond it cannot matter). The model decides, not a list of
-    names: a candidate is kept when its token log-probabilities differ from one-by-one scoring by no more than batching
-    itself does. Fallbacks are logged.
+    names: a candidate is kept when its token log-probabilities differ from one-by-one scoring by no more than batching itself
+    and rounding do: at most in float32 and float64, on average in half precision, where the largest rounding error of a token
+    is as large as the effect of a wrong mask. Fallbacks are logged.
     """
     config = causal_lm(model).config.get_text_config()
     device = next(model.parameters()).device
@@ -113,11 +117,14 @@ def probe(model: nn.Module, *, row_limit: int | None = None) -> ScoringPlan:
         one_by_one = torch.cat([_score_items(model, [(p, [c])], plain, device) for p, cs in items for c in cs])
         if not torch.isfinite(one_by_one).all():
             raise ModelError("the model gives log-probabilities that are not finite", fix="check its weights and dtype")
-        noise = (_score_items(model, items, plain, device) - one_by_one).abs().max()
-        resolution = 4 * torch.finfo(next(model.parameters()).dtype).eps
-        tolerance = float(8 * noise + resolution * one_by_one.abs().max())
+        noise = (_score_items(model, items, plain, device) - one_by_one).abs()
+        eps = torch.finfo(next(model.parameters()).dtype).eps
+        half = eps > HALF_EPS
+        size: Size = torch.mean if half else torch.max
+        batching, rounding = (4, eps / 4) if half else (8, 4 * eps)
+        tolerance = float(batching * size(noise) + rounding * size(one_by_one.abs()))
         for plan in _candidates(config):
-            reason = _disagreement(model, items, plan, one_by_one, tolerance, device)
+            reason = _disagreement(model, items, plan, one_by_one, tolerance, size, device)
             if reason is None:
                 break
             logger.info("scoring as %s, %s masks, %s head: %s", plan.layout, plan.mask, _head_name(plan), reason)
@@ -148,7 +155,7 @@ def _logit_transform(config: PretrainedConfig) -> LogitTransform:
 
 
 def _probe_items(config: PretrainedConfig, row_limit: int | None) -> list[Item]:
-    window = getattr(config, "sliding_window", None) or 0
+    window = max(getattr(config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
     context = getattr(config, "max_position_embeddings", None) or 2**20
     length = min(window + 8, context - 16) if row_limit is None or window < row_limit else 16
     lengths = ((max(length, 16), (9, 5)), (max(length, 16) // 2, (4, 11)))
@@ -166,11 +173,11 @@ def _score_items(model: nn.Module, items: list[Item], plan: ScoringPlan, device:
 
 
 def _disagreement(
-    model: nn.Module, items: list[Item], plan: ScoringPlan, expected: Tensor, tolerance: float, device: torch.device
+    model: nn.Module, items: list[Item], plan: ScoringPlan, expected: Tensor, tolerance: float, size: Size, device: torch.device
 ) -> str | None:
     """Why `plan` is not usable for `model`, or None. A model may refuse a mask with any exception at all."""
     try:
-        difference = float((_score_items(model, items, plan, device) - expected).abs().max())
+        difference = float(size((_score_items(model, items, plan, device) - expected).abs()))
     except Exception as error:  # noqa: BLE001
         return f"{type(error).__name__}: {error}"
     return None if difference <= tolerance else f"token log-probabilities differ by {difference:.2g} (allowed {tolerance:.2g})"

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+_UNUSED_SETTING = re.compile(
+    r"_.*|.*_token_id|transformers_version|(torch_)?dtype|architectures|auto_map|use_cache|return_dict|output_.*|id2label|label2id"
+)
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -101,11 +104,41 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def attach_adapter(model: PreTrainedModel, adapter: str) -> nn.Module:
-    """`model` with the PEFT adapter in folder or hub id `adapter` switched on, frozen. Undo with `detach_adapter`."""
-    from peft import PeftModel
+@contextmanager
+def adapted(model: PreTrainedModel, adapter: str) -> Iterator[nn.Module]:
+    """`model` with the PEFT adapter in folder or hub id `adapter` switched on, frozen; afterwards it is bit by bit what it was.
+
+    PEFT's own `unload` is not enough: it leaves the trained copy of every module of `modules_to_save`, biases and embeddings
+    that the adapter overwrote in place, and gradients off.
+    """
+    import torch
 
     _check_adapter(adapter)
+    source = ModelSource(adapter)
+    overwrites = _tensor_names(source.folder or _hub_snapshot(source))
+    overwritten = [(tensor, tensor.clone()) for name, tensor in model.state_dict().items() if name in overwrites]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modules = list(model.named_modules())[1:]
+    wrapped: Any = None
+    try:
+        wrapped = _attach_adapter(model, adapter)
+        yield wrapped.eval()
+    finally:
+        if wrapped is not None:
+            wrapped.unload()
+        for name, module in modules:
+            if model.get_submodule(name) is not module:
+                model.set_submodule(name, module)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for tensor, before in overwritten:
+                tensor.copy_(before)
+
+
+def _attach_adapter(model: PreTrainedModel, adapter: str) -> Any:
+    from peft import PeftModel
+
     with _one_line(ModelSource(adapter), "adapter"), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         wrapped = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
@@ -113,13 +146,18 @@ def attach_adapter(model: PreTrainedModel, adapter: str) -> nn.Module:
         what, fix = "its weights are not those of an adapter of this model", "give an adapter that was trained on this model"
         raise ModelError(what, where=adapter, fix=fix)
     refuse_prompt_learning(wrapped, adapter)
-    return wrapped.eval()
+    return wrapped
 
 
-def detach_adapter(model: Any) -> PreTrainedModel:
-    """The base model again, as it was before `attach_adapter`."""
-    base: PreTrainedModel = model.unload()
-    return base
+def _tensor_names(adapter: Path) -> set[str]:
+    """Names of an adapter's tensors, spelled as the model that it is for spells its own."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in adapter.glob("*.safetensors"):
+        with _one_line(ModelSource(str(adapter)), "adapter"), safe_open(file, "pt") as tensors:
+            names.update(tensors.keys())
+    return {name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in names}
 
 
 def refuse_prompt_learning(model: Any, where: str) -> None:
@@ -146,12 +184,17 @@ def cache_home() -> Path:
 
 
 def weights_fingerprint(source: ModelSource) -> str:
-    """xxh3-128 of the weight files at `source` (hex): the same weights give the same value under any path.
+    """xxh3-128 of the model at `source` (hex): the same weights and settings give the same value under any path.
 
-    A file in the hub's cache is already stored under its content hash, which is then used instead of reading it.
+    That is its weight files and its configuration (a GGUF file holds its own), and the code that comes with it where that is
+    trusted. A file in the hub's cache is already stored under its content hash, which is then used instead of reading it.
     """
     _check_source(source)
-    return _folder_fingerprint(source.folder or _hub_snapshot(source), source.gguf_file)
+    folder = source.folder or _hub_snapshot(source)
+    if source.gguf_file is not None:
+        return _files_fingerprint([folder / source.gguf_file])
+    code = sorted(folder.rglob("*.py")) if source.trust_remote_code else []
+    return _files_fingerprint([*_weight_files(folder), *code], _settings(load_config(source)))
 
 
 def adapter_fingerprint(adapter: str | None) -> str:
@@ -161,11 +204,14 @@ def adapter_fingerprint(adapter: str | None) -> str:
     _check_adapter(adapter)
     source = ModelSource(adapter)
     folder = source.folder or _hub_snapshot(source)
-    return _folder_fingerprint(folder, None) + _file_fingerprint(*_identity(folder / "adapter_config.json"))
+    return _files_fingerprint(_weight_files(folder)) + _file_fingerprint(*_identity(folder / "adapter_config.json"))
 
 
 def module_fingerprint(model: nn.Module) -> str:
-    """xxh3-128 of a model in memory: names, dtypes, shapes and bytes of its state; adapters that are off are left out."""
+    """xxh3-128 of a model in memory: its configuration, and names, dtypes, shapes and bytes of its state.
+
+    Adapters that are off are left out.
+    """
     import torch
     import xxhash
 
@@ -176,7 +222,7 @@ def module_fingerprint(model: nn.Module) -> str:
         for name, tensor in model.state_dict().items()
         if adapters_on or not (prefix and prefix in name or ".modules_to_save." in name)
     }
-    digest = xxhash.xxh3_128()
+    digest = xxhash.xxh3_128(_settings(getattr(model, "config", None)))
     if adapters_on:
         settings = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
         active = getattr(model, "active_adapters", None)
@@ -185,6 +231,18 @@ def module_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _settings(config: Any) -> bytes:
+    """What of a configuration can change a log-probability, serialised."""
+
+    def kept(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        used = {str(key): item for key, item in value.items() if not _UNUSED_SETTING.fullmatch(str(key))}
+        return {key: kept(item) for key, item in used.items()}
+
+    return json.dumps(kept(config.to_dict()) if hasattr(config, "to_dict") else None, sort_keys=True, default=_plain).encode()
 
 
 def _plain(value: Any) -> Any:
@@ -215,6 +273,10 @@ def _check_source(source: ModelSource) -> None:
         if not (folder / source.gguf_file).is_file():
             raise ModelError(f"no file {source.gguf_file} there", where=source.model, fix="name a GGUF file in that folder")
         return
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            "this is an adapter, not a model", where=source.model, fix="name its base model, and this folder as `adapter:`"
+        )
     if not (folder / "config.json").is_file():
         raise ModelError("no config.json there", where=source.model, fix="give a folder written by save_pretrained")
     _refuse_pickles(folder, source.model)
@@ -256,19 +318,26 @@ def _hub_snapshot(source: ModelSource) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [source.gguf_file] if source.gguf_file else ["*.safetensors", "adapter_config.json"]
+    if source.trust_remote_code:
+        patterns.append("*.py")
     with _one_line(source, "weights"):
         return Path(snapshot_download(source.model, revision=source.revision, allow_patterns=patterns))
 
 
-def _folder_fingerprint(folder: Path, gguf_file: str | None) -> str:
-    import xxhash
-
-    files = [folder / gguf_file] if gguf_file else sorted(folder.glob("*.safetensors"))
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError("no safetensors weights there", where=str(folder), fix="save the model with save_pretrained")
+    return files
+
+
+def _files_fingerprint(files: Sequence[Path], settings: bytes = b"") -> str:
+    import xxhash
+
     digest = xxhash.xxh3_128()
     for file in files:
         digest.update(_file_fingerprint(*_identity(file)).encode())
+    digest.update(settings)
     return digest.hexdigest()
 
 
