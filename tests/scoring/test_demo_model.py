@@ -17,6 +17,7 @@ from polyref.scoring import demo_model
 def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("POLYREF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo_model, "_hub_answers", lambda: False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: str(tmp_path / "nothing"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     return tmp_path / "cache"
 
@@ -29,8 +30,21 @@ def test_what_an_earlier_call_left_is_used(no_hub: Path) -> None:
 
 
 def test_the_hub_is_preferred_to_the_wheel(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, asked = no_hub.parent / "snapshot", []
+
+    def download(name: str, *, local_files_only: bool, **kwargs: Any) -> str:
+        asked.append(local_files_only)
+        if not local_files_only:
+            kept.mkdir()
+            for file in demo_model.NEEDED:
+                (kept / file).write_text("")
+        return str(kept)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr(demo_model, "_hub_answers", lambda: True)
-    assert demo_model.demonstration_model() == demo_model.HUB_ID
+    assert demo_model.demonstration_model() == str(kept) and asked == [True, False]
+    monkeypatch.setattr(demo_model, "_hub_answers", lambda: pytest.fail("the network was asked"))
+    assert demo_model.demonstration_model() == str(kept) and asked == [True, False, True]
 
 
 def test_neither_hub_nor_registry_is_one_line_that_names_the_way_out(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

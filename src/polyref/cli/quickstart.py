@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from polyref.cli.settings import DataSettings, LoraSettings
-from polyref.cli.train import DEFAULTS, PolicySettings, train
+from polyref.cli.settings import LoraSettings
+from polyref.cli.train import DEFAULTS, PolicySettings, refuse_many_processes, train
 from polyref.data.sources import prompt_key
 from polyref.errors import DataError
 from polyref.references.reference_set import Reference, ReferenceSet
@@ -60,12 +60,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> None:
     """Choose pairs, then train, evaluate and report as `polyref train` does."""
-    from polyref.scoring.demo_model import demonstration_model
+    from polyref.scoring.demo_model import HUB_ID, demonstration_model
 
+    refuse_many_processes()
     run_dir, full, seed = Path(settings.output_dir), settings.full, settings.seed
     model = settings.model or demonstration_model()
     max_length = FULL_MAX_LENGTH if full else MAX_LENGTH
-    train_file, held_out_file = _write_pairs(run_dir, model, max_length, full, seed)
     members = tuple(Reference(model, system_prompt=prompt, name=name) for name, prompt in SYSTEM_PROMPTS.items())
     policy = PolicySettings(model, lora=LoraSettings(last_layers=8), references=ReferenceSet(members))
     args = PreferenceConfig(
@@ -80,17 +80,19 @@ def run(settings: Namespace) -> None:
         seed=seed,
         **DEFAULTS,
     )
-    config = {"model": model, "full": full, "seed": seed, "references": SYSTEM_PROMPTS, "max_length": max_length}
-    data = DataSettings(str(train_file), eval_data=str(held_out_file))
-    train(policy, data, args, run_dir, config, title="polyref quickstart", opening=_opening(full), replies=_replies)
+    name = settings.model or HUB_ID  # wherever its weights come from this time
+    config = {"model": name, "full": full, "seed": seed, "references": SYSTEM_PROMPTS, "max_length": max_length}
+
+    def load() -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
+        return _choose_pairs(model, max_length, full, seed)
+
+    train(policy, load, args, run_dir, config, title="polyref quickstart", opening=partial(_opening, full), replies=_replies)
 
 
-def _write_pairs(run_dir: Path, model: str, max_length: int, full: bool, seed: int) -> tuple[Path, Path]:
-    """The packaged pairs that fit, split by prompt, as two files that `polyref train` could be given."""
-    from polyref.data.records import record_to_row
+def _choose_pairs(model: str, max_length: int, full: bool, seed: int) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
+    """The packaged pairs that fit, split by prompt."""
     from polyref.data.sources import load_packaged, split_by_prompt
     from polyref.data.tokenize import tokenize_records
-    from polyref.files import write_bytes
     from polyref.scoring.models import ModelSource, load_tokenizer
 
     records = load_packaged(DATA, prompt_format="chat")
@@ -103,10 +105,7 @@ def _write_pairs(run_dir: Path, model: str, max_length: int, full: bool, seed: i
         train_records, held_out = _spread(train_records)[:TRAIN_PAIRS], _spread(held_out)[:HELD_OUT_PAIRS]
     if not train_records or not held_out:
         raise DataError(f"no packaged pair fits {max_length} tokens under this model's tokenizer", fix="use another model")
-    files = run_dir / "pairs" / "train.jsonl", run_dir / "pairs" / "held_out.jsonl"
-    for file, chosen in zip(files, (train_records, held_out), strict=True):
-        write_bytes(file, "".join(json.dumps(record_to_row(record), ensure_ascii=False) + "\n" for record in chosen).encode())
-    return files
+    return train_records, held_out
 
 
 def _spread(records: Sequence[PreferenceRecord]) -> list[PreferenceRecord]:
@@ -120,17 +119,13 @@ def _spread(records: Sequence[PreferenceRecord]) -> list[PreferenceRecord]:
     return [record for _, record in sorted(zip(turns, records, strict=True), key=lambda pair: pair[0])]
 
 
-def _opening(full: bool) -> list[str]:
-    size = (
-        "This run used every packaged pair."
-        if full
-        else f"This run used {TRAIN_PAIRS} training and {HELD_OUT_PAIRS} held-out pairs: it demonstrates, and proves nothing."
-    )
+def _opening(full: bool, summary: dict[str, Any]) -> list[str]:
+    size = f"This run used {summary['train_pairs']} training and {summary['after']['pairs']} held-out pairs"
     return [
         "Three people compared replies to everyday instructions; their votes are the preferences (PandaLM's human test set).",
         "The references are one small model under two system prompts. polyref composed them exactly, whole replies at a time, "
         "into the one anchor the policy is kept close to.",
-        size,
+        f"{size}." if full else f"{size}: it demonstrates, and proves nothing.",
     ]
 
 

@@ -28,6 +28,8 @@ class ScoreSettings:
         model: hub id or folder of the policy, whose tokenizer makes the token ids.
         references: the references that score.
         gguf_file: a GGUF file inside model.
+        revision: revision of a hub model.
+        trust_remote_code: run code that comes with the model's tokenizer.
         max_length: longest prompt + completion in tokens; use the one you will train with.
         truncation_mode: which end of a sequence that is too long is kept.
         prompt_format: as_is, chat (strings become one user and one assistant turn), or transcript (Human/Assistant turns).
@@ -40,6 +42,8 @@ class ScoreSettings:
     model: str
     references: ReferenceSet
     gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
     max_length: int | None = 1024
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
     prompt_format: Literal["as_is", "chat", "transcript"] = "as_is"
@@ -64,7 +68,8 @@ def run(settings: Namespace) -> None:
 
     values = vars(settings)
     own, data = ScoreSettings(**pick(values, ScoreSettings)), DataSettings(**pick(values, DataSettings))
-    tokenizer = load_tokenizer(ModelSource(own.model, own.gguf_file))
+    source = ModelSource(own.model, own.gguf_file, revision=own.revision, trust_remote_code=own.trust_remote_code)
+    tokenizer = load_tokenizer(source)
     train, held_out = data.load(own.prompt_format)
     tokens = tokenize_records(train + held_out, tokenizer, max_length=own.max_length, truncation_mode=own.truncation_mode)
     logger.info("%s", tokens.report)

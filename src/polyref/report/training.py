@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from polyref.report.figures import Bars, Figure, Line, bar_chart, line_chart
-from polyref.report.page import KeyNumber, Section, SideBySide, Table, write_page
+from polyref.report.page import Cell, KeyNumber, Section, SideBySide, Table, write_page
 
 Row = Mapping[str, Any]
 
@@ -45,20 +45,32 @@ def _sentences(summary: Row) -> list[str]:
         else "one reference"
     )
     lines = [
-        f"The policy was trained on {summary['train_pairs']} human preference pairs to prefer what people chose, while a "
+        f"The policy was trained on {summary['train_pairs']} preference pairs to prefer what was chosen, while a "
         f"{summary['divergence']}-KL term of strength beta = {summary['beta']} holds it close to {many}."
     ]
     before, after = summary["before"], summary["after"]
     if before and after:
         (was, _, _), (now, low, high) = before["accuracy"], after["accuracy"]
-        verdict = (
-            "is above chance" if low > 0.5 else "is below chance" if high < 0.5 else "cannot be told from chance at this size"
-        )
         lines.append(
-            f"On {after['pairs']} held-out pairs ({after['prompts']} prompts, none of them trained on) it sides with people "
-            f"{now:.0%} of the time, against {was:.0%} before; the 95% interval, {low:.0%} to {high:.0%}, {verdict}."
+            f"On {after['pairs']} held-out pairs ({after['prompts']} prompts, {summary['shared_prompts'] or 'none'} of them "
+            f"trained on) it prefers what was chosen {now:.0%} of the time, against {was:.0%} before; {_certainty(low, high)}."
         )
     return lines
+
+
+def _certainty(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return "one prompt gives no interval"
+    verdict = "is above chance" if low > 0.5 else "is below chance" if high < 0.5 else "cannot be told from chance at this size"
+    return f"the 95% interval, {low:.0%} to {high:.0%}, {verdict}"
+
+
+def _estimate(values: Sequence[float | None]) -> Cell:
+    """[mean, low, high] as the page shows it: dashes where there is no interval."""
+    mean, low, high = values
+    if mean is None or low is None or high is None:
+        return f"{mean:.3f} [–, –]".replace("-", "−")
+    return mean, low, high
 
 
 def _key_numbers(summary: Row) -> list[KeyNumber]:
@@ -67,9 +79,9 @@ def _key_numbers(summary: Row) -> list[KeyNumber]:
         return []
     return [
         KeyNumber(
-            "held-out preference accuracy", tuple(after["accuracy"]), "share of held-out pairs ranked as people ranked them"
+            "held-out preference accuracy", _estimate(after["accuracy"]), "share of held-out pairs ranked as their labels say"
         ),
-        KeyNumber("held-out margin", tuple(after["margin"]), "mean implied reward of chosen less rejected"),
+        KeyNumber("held-out margin", _estimate(after["margin"]), "mean implied reward of chosen less rejected"),
     ]
 
 
@@ -80,7 +92,8 @@ def _evidence(summary: Row) -> Section:
     columns = [list(values) for values in zip(before["accuracy"], after["accuracy"], strict=True)]
     bars = Bars("accuracy", *columns)
     figure = bar_chart(["before training", "after training"], [bars], title="Held-out preference accuracy", baseline=0.5)
-    rows = [[when, tuple(r["accuracy"]), tuple(r["margin"]), r["pairs"]] for when, r in (("before", before), ("after", after))]
+    reports = (("before", before), ("after", after))
+    rows = [[when, _estimate(r["accuracy"]), _estimate(r["margin"]), r["pairs"]] for when, r in reports]
     return Section(
         "Held-out evidence",
         ("Intervals are 95%, from a bootstrap over prompts. The dashed line is a coin flip.",),

