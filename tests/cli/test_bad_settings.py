@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -150,6 +151,10 @@ def file_system(path: Path, options: str) -> Iterator[Path]:
     """A small file system of its own, where this process may mount one."""
     path.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True)
+    if made.returncode and options == "ro" and os.getuid() != 0:
+        path.chmod(0o555)
+        yield path
+        return
     if made.returncode:
         pytest.skip(f"a file system cannot be mounted here: {made.stderr.decode().strip()}")
     try:

@@ -12,18 +12,19 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
 
-from cli_world import World
+from cli_world import World, some_rows
 from polyref.cli.main import VERBS
 
 
 def test_without_a_verb_it_says_what_there_is(world: World) -> None:
     overview = world.run([])
     assert overview.code == 0 and world.run(["--help"]).out == world.run(["-h"]).out == overview.out
-    assert all(f"\n  {verb}  " in overview.out.replace("    ", "  ") or verb in overview.out for verb in VERBS)
+    assert all(f"\n  {verb} " in overview.out and VERBS[verb] in overview.out for verb in VERBS)
     assert world.run(["--version"]).out == f"polyref {metadata.version('polyref')}\n"
 
 
@@ -49,6 +50,28 @@ def test_printed_settings_are_a_configuration_file(world: World) -> None:
     assert after.pop("lora")["r"] == 3 and before.pop("lora")["r"] == 2
     assert before == after
     assert not (world.path / "run").exists()
+
+
+def test_validate_reports_on_all_it_is_given(world: World) -> None:
+    good, other = world.pairs(), world.pairs({"prompt": "question 1?", "chosen": "a", "rejected": "b"}, name="other.jsonl")
+    alone = world.run(["validate", good])
+    assert (alone.code, alone.err) == (0, "") and "12 rows, 12 usable pairs, 6 distinct prompts" in alone.out
+    assert world.run(["validate", "--data", good]).out == alone.out
+    assert world.run(["validate", "--config", world.file("data.yaml", f"data: {good}\n")]).out == alone.out
+    both = world.run(["validate", good, "--eval_data", other, "--model", world.model, "--max_length", 18])
+    assert both.code == 0 and world.run(["validate", good, other, "--model", world.model, "--max_length", 18]).out == both.out
+    assert f"{other}: 1 rows" in both.out and "1  prompts in more than one split" in both.out
+    assert "\ntokens " in both.out and "12  pairs cut at the maximum length" in both.out
+
+
+def test_validate_reads_the_splits_of_a_folder(world: World) -> None:
+    rows = datasets.Dataset.from_list(some_rows())
+    datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk(world.path / "saved")
+    shown = world.run(["validate", world.path / "saved", "--split", "train,test"])
+    assert shown.code == 0 and "train: 12 rows" in shown.out and "test: 1 rows" in shown.out
+    assert "1  prompts in more than one split" in shown.out
+    named = world.run(["validate", world.path / "saved", world.pairs(), "--split", "test"])
+    assert f"{world.path / 'saved'}: 1 rows" in named.out and "pairs.jsonl: 12 rows" in named.out
 
 
 def long_training(world: World, where: str) -> list[str]:
