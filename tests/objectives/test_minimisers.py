@@ -14,10 +14,10 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from toy_lm import GruLM, World, minimise, total_variation
 
 from polyref.objectives.pairwise import dr_dpo, hinge, ipo, robust, sigmoid, smoothed
 from polyref.references.compose import COMPOSITIONS, ImpliedDifference, forward_difference, implied_difference
+from toy_lm import GruLM, World, minimise, total_variation
 
 AXES = [("geometric", "reverse"), ("arithmetic", "forward"), ("arithmetic", "reverse")]
 SHAPES = {1: (2, 5), 2: (3, 3), 3: (5, 2), 4: (3, 4)}

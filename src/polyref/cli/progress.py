@@ -70,7 +70,6 @@ class TrainingProgress(TrainerCallback):
         """One step further."""
         self.meter("training", state.global_step, state.max_steps)
 
-
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """One batch of an evaluation further."""
         total = len(kwargs["eval_dataloader"])

@@ -162,15 +162,24 @@ def _prepare(reference: Reference, data: TokenizedPreferences, policy_tokenizer:
         system_prompt=reference.system_prompt or "",
         template=str(tokenizer.chat_template or ""),
         tokenizer=tokenizer_fingerprint(tokenizer),
-        dtype=reference.scoring_dtype,
+        dtype=_dtype(reference),
     )
     report = (
         f"reference {reference.label}: {'the policy’s tokenizer' if same else 'its own tokenizer, scoring the text'}, "
         f"{'with' if tokenizer.chat_template else 'without'} chat template, vocabulary {config.vocab_size}, "
         f"longest sequence {longest} of {getattr(config, 'max_position_embeddings', None) or 'any'} tokens, "
-        f"{reference.scoring_dtype}"
+        f"{_dtype(reference)}"
     )
     return _Member(reference, items, scorer, report)
+
+
+def _dtype(reference: Reference) -> str:
+    """The dtype it scores in, with that of autocast where it is on: a model in memory may be scored under it."""
+    import torch
+
+    device = next(reference.model.parameters()).device.type if reference.in_memory else default_device().type
+    autocast = [torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []
+    return "/".join([reference.scoring_dtype, *(str(dtype).removeprefix("torch.") for dtype in autocast)])
 
 
 def _own_tokenizer(reference: Reference) -> Any:

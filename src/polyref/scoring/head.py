@@ -48,7 +48,8 @@ def token_logps(hidden: Tensor, targets: Tensor, head: nn.Module, transform: Log
     """
     transform = transform or LogitTransform()
     if type(head) is nn.Linear:
-        logps: Tensor = _LinearLogps.apply(hidden, head.weight, head.bias, targets, transform)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logps: Tensor = _LinearLogps.apply(hidden.to(head.weight.dtype), head.weight, head.bias, targets, transform)
         return logps
 
     def score(states: Tensor, wanted: Tensor) -> Tensor:

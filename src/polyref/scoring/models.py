@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyref.errors import ConfigError, ModelError
+from polyref.errors import ConfigError, ModelError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -310,7 +310,9 @@ def _one_line(source: ModelSource, what: str) -> Iterator[None]:
         kind = "folder" if source.folder else "hub id"
         fix = "check the folder" if source.folder else "check the name and the network, or give a local folder"
         raise ModelError(
-            f"cannot load the {what} from this {kind}: {type(error).__name__}: {error}", where=source.model, fix=fix
+            f"cannot load the {what} from this {kind}: {type(error).__name__}: {one_line(error, 300)}",
+            where=source.model,
+            fix=fix,
         ) from error
 
 

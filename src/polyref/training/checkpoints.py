@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from polyref.errors import ConfigError
 from polyref.files import atomic_write
 
 
@@ -26,9 +27,21 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def check_mergeable(model: Any) -> None:
+    """Refuse what merging would get wrong: an adapter on one of two tied embeddings would change the other as well."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if tied and any(hasattr(end, "base_layer") for end in ends):
+        raise ConfigError(
+            "an adapter on tied input and output embeddings cannot be merged", fix="leave merge_adapter off, or spare lm_head"
+        )
+
+
 def save_policy(model: Any, tokenizer: Any, folder: Path, *, merge_adapter: bool = False) -> None:
     """Write policy and tokenizer to `folder`, whole or not at all: adapters as such, or merged into the weights."""
     if merge_adapter and hasattr(model, "merge_and_unload"):
+        check_mergeable(model)
         model = model.merge_and_unload()
     with atomic_write(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)

@@ -19,6 +19,13 @@ _COUNTS = (
     "precompute_ref_batch_size",
 )
 
+_WITHOUT_EFFECT = {
+    "label_smoothing_factor": (0.0, "use label_smoothing, with loss_type smoothed or robust"),
+    "train_sampling_strategy": ("random", "leave it out: batches are grouped by length, in an order made from the seed"),
+    "torch_compile": (False, "leave it out: the scoring path has not been tried under it"),
+}
+"""Settings of transformers that the trainer would ignore: their defaults, and what to do instead."""
+
 LossType = Literal["sigmoid", "hinge", "ipo", "smoothed", "robust"]
 
 
@@ -119,6 +126,11 @@ class PreferenceConfig(TrainingArguments):
             raise ConfigError(
                 "precompute_ref_log_probs is false", fix="leave it true: references are scored once, through the cache"
             )
+        for name, (default, instead) in _WITHOUT_EFFECT.items():
+            if getattr(self, name) != default:
+                raise ConfigError(f"{name} has no effect here", fix=instead)
+        if self.dr_beta is not None and self.auto_find_batch_size:
+            raise ConfigError("auto_find_batch_size would change the batch that dr_beta is about", fix="set one of them")
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns is true", fix="leave it false: the trainer makes its own columns")
 

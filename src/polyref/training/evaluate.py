@@ -16,14 +16,16 @@ from polyref.training.preference_trainer import PreferenceTrainer
 def preference_report(trainer: PreferenceTrainer, dataset: ScoredPairs, *, seed: int = 0) -> dict[str, Any]:
     """Accuracy and margin of the implied reward difference h on `dataset`.
 
-    `accuracy` is the mean over pairs of 1[h > 0] (a tie counts 1/2), `margin` the mean of h in reward units; each is
-    [mean, low, high] with a 95% interval from a bootstrap over prompts. `h` keeps the values, pair by pair, and `prompt_ids`
-    says which pairs share a prompt.
+    `accuracy` is the share of pairs where the sign of h is the majority's label (a tie of either counts 1/2), `margin` the mean
+    of h in reward units; each is [mean, low, high] with a 95% interval from a bootstrap over prompts. `h` keeps the values,
+    pair by pair, and `prompt_ids` says which pairs share a prompt.
     """
     h = np.asarray(trainer.predict(dataset).predictions, dtype=np.float64)
     numbers: dict[str, int] = {}
     prompts = [numbers.setdefault(prompt_key(pair.record.prompt), len(numbers)) for pair in dataset.pairs]
-    correct = preference_accuracy(torch.from_numpy(h)).numpy()
+    shares = [1.0 if pair.record.chosen_probability is None else pair.record.chosen_probability for pair in dataset.pairs]
+    majority = (torch.tensor(shares, dtype=torch.float64).sub(0.5).sign() + 1) / 2
+    correct = preference_accuracy(torch.from_numpy(h), chosen_probability=majority).numpy()
     return {
         "pairs": len(h),
         "prompts": len(set(prompts)),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from polyref.references.compose import implied_difference
 from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.references.score import Progress, ReferenceScores, check_fit, score_references
 from polyref.scoring.logprobs import ScoringPlan, causal_lm, completion_logps, probe
-from polyref.scoring.models import ModelSource, cache_home, check_config, load_causal_lm, load_tokenizer, refuse_prompt_learning
+from polyref.scoring.models import ModelSource, cache_home, load_causal_lm, load_tokenizer
 from polyref.training.config import PreferenceConfig
 from polyref.training.dataset import GroupedSampler, PairCollator, ScoredPairs
 from polyref.training.guards import FallingChosenWarning, WholeWindows, check_starts_at_reference, mean_loss
+from polyref.training.policy import pad_token_id, prepare_policy, tokenizer_of
 from polyref.types import PreferenceRecord, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -89,27 +91,30 @@ class PreferenceTrainer(Trainer):
         if isinstance(model, str | Path):
             tokenizer = tokenizer or load_tokenizer(ModelSource(str(model)))
             model = load_causal_lm(ModelSource(str(model)))
-        model = _prepared_policy(model, args, peft_config)
-        tokenizer = tokenizer or _tokenizer_of(model)
+        model = prepare_policy(model, args, peft_config)
+        tokenizer = tokenizer or tokenizer_of(model)
 
         self.reference_scores: dict[str, ReferenceScores] = {}
         self._reference_progress = reference_progress
         self._sums = {"train": torch.zeros(len(METRICS) + 1), "eval": torch.zeros(len(METRICS) + 1)}
         self._evaluated: Any = None
-        self._checked_start = self.references is not None
+        self._start_check = _start_check(model, self.references)
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairCollator(_pad_token_id(tokenizer)),
+            data_collator=PairCollator(pad_token_id(tokenizer)),
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=[WholeWindows(), FallingChosenWarning(), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: accumulation divides it
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             self.plan: ScoringPlan = probe(self.model)
-        self.data_collator = PairCollator(_pad_token_id(tokenizer), self.plan.layout)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.warning("weights may be sharded outside the model's own forward pass; scoring with its full logits")
+            self.plan = replace(self.plan, fused=False)
+        self.data_collator = PairCollator(pad_token_id(tokenizer), self.plan.layout)
         if train_dataset is not None:
             self.train_dataset = self._prepare(train_dataset, "train")
         if isinstance(eval_dataset, Mapping):
@@ -129,22 +134,22 @@ class PreferenceTrainer(Trainer):
             )
         logger.info("%s set: %s", name, data.report)
         check_fit(causal_lm(self.model).config, data.pairs, data.records, "the policy")
-        scores = self._score(data)
-        self.reference_scores[name] = scores
-        chosen, rejected = torch.from_numpy(scores.chosen), torch.from_numpy(scores.rejected)
         references = self.references or ReferenceSet((Reference(self.model),))
         weights = _prompt_weights(data.records, references)
+        scores = self._score(data, weights)
+        self.reference_scores[name] = scores
+        chosen, rejected = torch.from_numpy(scores.chosen), torch.from_numpy(scores.rejected)
         anchor = torch.stack([references.anchor(chosen, weights), references.anchor(rejected, weights)], 1)
         return ScoredPairs(data.pairs, data.records, anchor)
 
-    def _score(self, data: TokenizedPreferences) -> ReferenceScores:
-        """Score `data` under the references, or under the starting policy with its adapters off."""
+    def _score(self, data: TokenizedPreferences, weights: Tensor | None) -> ReferenceScores:
+        """Score `data` under the references of positive weight, or under the starting policy with its adapters off."""
         references = self.references
-        off: AbstractContextManager[Any] = nullcontext()
-        if references is None:
-            references = ReferenceSet((Reference(self.model, name="the starting policy"),))
-            off = getattr(self.model, "disable_adapter", nullcontext)()
-        with off, self.compute_loss_context_manager():
+        with ExitStack() as stack:
+            if references is None:
+                references = ReferenceSet((Reference(self.model, name="the starting policy"),))
+                stack.enter_context(getattr(self.model, "disable_adapter", nullcontext)())
+                stack.enter_context(self.accelerator.autocast())
             return score_references(
                 data,
                 references,
@@ -153,6 +158,7 @@ class PreferenceTrainer(Trainer):
                 batch_size=self.args.precompute_ref_batch_size,
                 device=self.args.device,
                 progress=self._reference_progress,
+                needed=references.needed(weights),
             )
 
     def compute_loss(
@@ -162,23 +168,42 @@ class PreferenceTrainer(Trainer):
         batch = TokenBatch(
             **{name: inputs[name] for name in BATCH_FIELDS}, completions=2 if self.plan.layout == "shared" else 1
         )
-        scored = completion_logps(model, batch, self.plan)
-        logps, tokens, anchor = scored.total.view(-1, 2), scored.tokens.view(-1, 2), inputs["anchor"]
-        if not self._checked_start and self.model.training and self.state.global_step == 0:
-            check_starts_at_reference(logps, anchor, next(model.parameters()).dtype)
-            self._checked_start = True
-        policy, reference = (logps / tokens, anchor / tokens) if self.args.length_normalise else (logps, anchor)
-        beta = self.args.beta
-        h = self.difference(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta)
+        if self._start_check and self.model.training and self.state.global_step == 0:
+            self._check_start(model, batch, inputs["anchor"])
+        with self.accelerator.autocast():
+            scored = completion_logps(model, batch, self.plan)
+        logps = scored.total.view(-1, 2)
+        h, rewards = self._implied(logps, scored.tokens.view(-1, 2), inputs["anchor"])
         losses = self.pair_loss(h - inputs["margin"], inputs["chosen_probability"])
         loss = dr_dpo(losses, self.args.dr_beta) if self.args.dr_beta is not None else losses.mean()
         if not torch.isfinite(loss):
             self._stop_diverged(inputs["index"])
-        with torch.no_grad():
-            zero = torch.zeros_like(h)
-            rewards = [self.difference(policy[:, i], zero, reference[:, i], zero, beta) for i in (0, 1)]
-            self._add("train" if self.model.training else "eval", [*rewards, h, preference_accuracy(h), *logps.unbind(1)])
+        self._add("train" if self.model.training else "eval", [*rewards, h, preference_accuracy(h), *logps.unbind(1)])
         return (loss, {"implied_difference": h.detach()}) if return_outputs else loss
+
+    def _implied(self, logps: Tensor, tokens: Tensor, anchor: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The implied reward difference h (B,) and, for the log, the reward of each completion, 0 where policy is anchor."""
+        policy, reference = (logps / tokens, anchor / tokens) if self.args.length_normalise else (logps, anchor)
+        h = self.difference(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], self.args.beta)
+        zero = torch.zeros_like(h)
+        rewards = [self.difference(policy[:, i], zero, reference[:, i], zero, self.args.beta) for i in (0, 1)]
+        return h, rewards
+
+    def _check_start(self, model: nn.Module, batch: TokenBatch, anchor: Tensor) -> None:
+        """Compare policy and reference on the first batch, as they are scored: in evaluation mode, without gradient."""
+        refuse, self._start_check = self._start_check == "refuse", None
+        model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            logps = completion_logps(model, batch, self.plan).total.view(-1, 2)
+            half = torch.is_autocast_enabled(logps.device.type)
+        model.train()
+        dtype = next(self.model.parameters()).dtype
+        try:
+            check_starts_at_reference(logps, anchor, torch.get_autocast_dtype(logps.device.type) if half else dtype)
+        except ModelError as error:
+            if refuse:
+                raise
+            logger.warning("the reference names the policy's own model, but %s", error)
 
     def _add(self, mode: str, values: list[Tensor]) -> None:
         """Add METRICS (B,) of a batch, and their number, to what the next line averages."""
@@ -223,7 +248,7 @@ class PreferenceTrainer(Trainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Loss of a batch, and the implied reward difference h of its pairs as its prediction: `predict` returns (N,)."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), None if prediction_loss_only else outputs["implied_difference"].float(), None
 
@@ -231,6 +256,18 @@ class PreferenceTrainer(Trainer):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupedSampler(dataset.lengths, self._train_batch_size * self.args.world_size, seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As Trainer's, for scored pairs, the name of a set, or preference rows of any kind."""
+        return super().get_eval_dataloader(self._scored(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """As Trainer's, for scored pairs or preference rows of any kind."""
+        return super().get_test_dataloader(self._scored(test_dataset))
+
+    def _scored(self, rows: Any) -> Any:
+        named = isinstance(rows, str) and isinstance(self.eval_dataset, Mapping) and rows in self.eval_dataset
+        return rows if rows is None or named or isinstance(rows, ScoredPairs) else self._prepare(rows, "eval")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with write_errors(self.args.output_dir or "."):
@@ -251,29 +288,13 @@ class PreferenceTrainer(Trainer):
         )
 
 
-def _prepared_policy(model: nn.Module, args: PreferenceConfig, peft_config: Any) -> nn.Module:
-    """The policy with its adapter, dropout off and inputs ready for gradient checkpointing."""
-    check_config(causal_lm(model).config, "policy")
-    if peft_config is not None:
-        from peft import PeftModel, get_peft_model
-
-        if isinstance(model, PeftModel):
-            raise ConfigError("peft_config is given for a model that is a PEFT model already", fix="give one or the other")
-        try:
-            model = get_peft_model(model, peft_config)
-        except ValueError as error:
-            raise ConfigError(str(error), where="peft_config", fix="name layers of this model in target_modules") from error
-    refuse_prompt_learning(model, "policy")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError("no parameter of the policy is trainable", fix="load the adapter with is_trainable=True")
-    if args.activation_checkpointing:
-        causal_lm(model).enable_input_require_grads()
-    if args.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = 0.0
-            vars(module).update({k: 0.0 for k, v in vars(module).items() if "drop" in k and isinstance(v, float)})
-    return model
+def _start_check(model: nn.Module, references: ReferenceSet | None) -> str | None:
+    """What to do should log-ratios not be 0 at step 0: refuse where the policy is its own reference, warn where it seems so."""
+    if references is None:
+        return "refuse"
+    only = references.members[0]
+    same = not only.in_memory and str(only.model) == str(causal_lm(model).config._name_or_path)
+    return "warn" if same and len(references) == 1 and not only.adapter and not only.system_prompt else None
 
 
 def _records(source: Any, prompt_format: Any) -> list[PreferenceRecord]:
@@ -297,19 +318,6 @@ def _prompt_weights(records: list[PreferenceRecord], references: ReferenceSet) -
                 fix="give one weight a reference",
             )
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def _tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
-    """The tokenizer kept with the model's weights."""
-    name = causal_lm(model).config._name_or_path
-    if not name:
-        raise ModelError("the policy was made in memory and brings no tokenizer", fix="pass processing_class")
-    return load_tokenizer(ModelSource(name))
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(i) for i in candidates if i is not None)
 
 
 def _check_parallelism(args: PreferenceConfig) -> None:

@@ -1,0 +1,54 @@
+"""Two processes that share the batch train as one process that sees it whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fakes import byte_tokenizer, saved_llama
+
+SCRIPT = """
+import json, os, sys
+from polyref import PreferenceConfig, PreferenceTrainer
+model, output, batch = sys.argv[1:]
+rows = [{"prompt": "abcd", "chosen": " yes" + "!" * (i % 3), "rejected": " no" + "?" * (i % 2)} for i in range(16)]
+args = PreferenceConfig(
+    output_dir=output, per_device_train_batch_size=int(batch), max_steps=3, learning_rate=1e-2, logging_steps=1, use_cpu=True,
+    save_strategy="no", report_to="none", disable_tqdm=True, cache_dir=output + "/cache", optim="sgd",
+    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+)
+trainer = PreferenceTrainer(model, None, args, rows)
+trainer.train()
+if trainer.is_world_process_zero():
+    trainer.save_model(output + "/model")
+    json.dump([line for line in trainer.state.log_history if "loss" in line], open(output + "/log.json", "w"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_two_processes_train_like_one(tmp_path: Path) -> None:
+    model = saved_llama(tmp_path / "policy", byte_tokenizer())
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29561"]
+    outputs = {}
+    for name, command, batch in (("one", [sys.executable], "8"), ("two", launcher, "4")):
+        output = tmp_path / name
+        output.mkdir()
+        arguments = [*command, str(script), str(model), str(output), batch]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        outputs[name] = (load_file(output / "model" / "model.safetensors"), json.loads((output / "log.json").read_text()))
+    (one, one_log), (two, two_log) = outputs["one"], outputs["two"]
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
+    for line, other in zip(one_log, two_log, strict=True):
+        assert other["rewards/margins"] == pytest.approx(line["rewards/margins"], abs=1e-5)
+        assert other["logps/chosen"] == pytest.approx(line["logps/chosen"], abs=1e-3)
