@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from polyref.data.records import PROMPT_FORMATS
 from polyref.errors import ConfigError
 from polyref.objectives.pairwise import PairLoss, pair_loss
 
@@ -107,7 +108,7 @@ class PreferenceConfig(TrainingArguments):
             raise ConfigError(f"unknown divergence {self.divergence!r}", fix="use reverse or forward")
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ConfigError(f"unknown truncation_mode {self.truncation_mode!r}", fix="use keep_start or keep_end")
-        if self.prompt_format not in ("as_is", "chat", "transcript"):
+        if self.prompt_format not in PROMPT_FORMATS:
             raise ConfigError(f"unknown prompt_format {self.prompt_format!r}", fix="use as_is, chat or transcript")
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(
