@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from polyref import PreferenceConfig
+from polyref.data import truncate_pair
 from polyref.errors import ConfigError
 from polyref.objectives.pairwise import smoothed
+from polyref.types import TokenizedPair
 
 
 def config(folder: Path, **changes: Any) -> PreferenceConfig:
@@ -32,6 +34,7 @@ def config(folder: Path, **changes: Any) -> PreferenceConfig:
         {"truncation_mode": "middle"},
         {"prompt_format": "html"},
         {"max_length": 1},
+        {"max_length": 2.5},
         {"length_normalise": True, "divergence": "forward"},
         {"dr_beta": 1.0},
         {"dr_beta": 2.0, "gradient_accumulation_steps": 2},
@@ -45,6 +48,17 @@ def test_what_cannot_be_meant_is_refused_in_one_line(tmp_path: Path, changes: di
     with pytest.raises(ConfigError) as error:
         config(tmp_path, **changes)
     assert "\n" not in str(error.value) and ";" in str(error.value), "what is wrong, and how to mend it"
+
+
+def test_truncation_is_checked_as_where_pairs_are_cut(tmp_path: Path) -> None:
+    pair = TokenizedPair((1,), (2,), (3,))
+    given: list[dict[str, Any]] = [{"max_length": 1}, {"max_length": True}, {"truncation_mode": "middle"}]
+    for changes in given:
+        with pytest.raises(ConfigError) as setting:
+            config(tmp_path, **changes)
+        with pytest.raises(ConfigError) as cut:
+            truncate_pair(pair, changes.get("max_length", 9), changes.get("truncation_mode", "keep_start"))
+        assert str(setting.value) == str(cut.value)
 
 
 def test_sigmoid_with_label_smoothing_is_the_smoothed_loss(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from polyref.data.records import PROMPT_FORMATS
+from polyref.data.truncate import check_truncation
 from polyref.errors import ConfigError
 from polyref.objectives.pairwise import PairLoss, pair_loss
 
@@ -106,14 +107,9 @@ class PreferenceConfig(TrainingArguments):
             raise ConfigError(f"num_train_epochs is {self.num_train_epochs}", fix="give a number above 0, or max_steps")
         if self.divergence not in ("reverse", "forward"):
             raise ConfigError(f"unknown divergence {self.divergence!r}", fix="use reverse or forward")
-        if self.truncation_mode not in ("keep_start", "keep_end"):
-            raise ConfigError(f"unknown truncation_mode {self.truncation_mode!r}", fix="use keep_start or keep_end")
+        check_truncation(self.max_length, self.truncation_mode)
         if self.prompt_format not in PROMPT_FORMATS:
             raise ConfigError(f"unknown prompt_format {self.prompt_format!r}", fix="use as_is, chat or transcript")
-        if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(
-                f"max_length is {self.max_length}", fix="leave room for a prompt and a completion token: at least 2"
-            )
         if self.length_normalise and self.divergence == "forward":
             raise ConfigError("length_normalise has no meaning under forward KL", fix="use divergence: reverse")
         if self.dr_beta is not None and not self.dr_beta > 1:
