@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Final, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+SIMPLEX_TOLERANCE: Final = 1e-6
+"""Weights are on the simplex when each is at least 0 and their sum is within this of 1, in data as in a reference set."""
 
 
 class Message(TypedDict):

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+from polyref.data.fields import Refusal, read_weights
 from polyref.errors import ConfigError, ReferenceSetError
 from polyref.references.compose import (
     COMPOSITIONS,
@@ -187,6 +188,18 @@ def test_weights_off_the_simplex_are_refused(weights, said):
     with pytest.raises(ReferenceSetError, match=said) as refused:
         check_weights(weights)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("excess", [-1.1e-6, -0.9e-6, 0.9e-6, 1.1e-6])
+def test_weights_of_a_data_file_and_of_a_reference_set_have_one_tolerance(excess):
+    refused = []
+    for check, refusal in ((read_weights, Refusal), (check_weights, ReferenceSetError)):
+        try:
+            check([0.25, 0.75 + excess])
+            refused.append(False)
+        except refusal:
+            refused.append(True)
+    assert refused == [abs(excess) > 1e-6] * 2
 
 
 def test_mismatched_counts_are_refused():

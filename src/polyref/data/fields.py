@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from polyref.types import Message, Text
-
-_SIMPLEX_TOLERANCE = 1e-6
+from polyref.types import SIMPLEX_TOLERANCE, Message, Text
 
 
 class Refusal(Exception):
@@ -87,7 +85,7 @@ def read_probability(value: object) -> float | None:
 
 
 def read_weights(value: object) -> tuple[float, ...] | None:
-    """Weights on the simplex, to within 1e-6 of sum 1."""
+    """Weights on the simplex, to within SIMPLEX_TOLERANCE of sum 1."""
     if value is None:
         return None
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
@@ -97,7 +95,7 @@ def read_weights(value: object) -> tuple[float, ...] | None:
         raise Refusal("is an empty list", "give one weight for each reference")
     if min(weights) < 0:
         raise Refusal(f"holds the negative weight {min(weights):g}", "weights are at least 0 and sum to 1")
-    if abs(math.fsum(weights) - 1) > _SIMPLEX_TOLERANCE:
+    if abs(math.fsum(weights) - 1) > SIMPLEX_TOLERANCE:
         raise Refusal(f"sums to {math.fsum(weights):.9g}", "weights are at least 0 and sum to 1")
     return weights
 

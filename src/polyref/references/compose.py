@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from polyref.errors import ConfigError, ReferenceSetError
+from polyref.types import SIMPLEX_TOLERANCE
 
 Composition = Callable[[Tensor, "Tensor | Sequence[float]"], Tensor]
 """(logps (..., K), weights (K,) or (..., K)) -> log anchor (...)."""
 
 FORWARD_BOUND: Final = 5.0
 """Log-ratio beyond which `forward_difference` is linear: exact at the optimum while the reward range is below 147 beta."""
-
-SIMPLEX_TOLERANCE: Final = 1e-6
 
 
 class ImpliedDifference(Protocol):
@@ -120,7 +119,7 @@ def implied_difference(composition: str, divergence: str) -> ImpliedDifference:
 
 
 def check_weights(weights: Tensor | Sequence[float], *, members: int | None = None) -> Tensor:
-    """`weights` (K,) or (..., K) as a floating tensor, each row on the simplex: >= 0 and of sum 1 within 1e-6.
+    """`weights` (K,) or (..., K) as a floating tensor, each row on the simplex: >= 0 and of sum 1 within SIMPLEX_TOLERANCE.
 
     Integers and sequences become float64. `members`, where given, is the K that the last axis must have. Raises
     ReferenceSetError naming the first offending row.
