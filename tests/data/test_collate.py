@@ -33,9 +33,9 @@ def predicted(batch: TokenBatch) -> list[tuple[tuple[int, ...], int]]:
 
 
 def test_a_shared_row_is_a_prompt_and_its_completions() -> None:
-    batch = collate(ITEMS, pad_token_id=9)
+    batch = collate(ITEMS)
     assert batch.completions == 2
-    assert batch.input_ids.tolist() == [[1, 2, 3, 10, 11, 20], [4, 30, 40, 41, 42, 9]]
+    assert batch.input_ids.tolist() == [[1, 2, 3, 10, 11, 20], [4, 30, 40, 41, 42, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 1, 2, 3, 0]]
     assert batch.segment_ids.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 2, -1]]
     assert batch.target_ids.tolist() == [10, 11, 20, 30, 40, 41, 42]
@@ -47,8 +47,8 @@ def test_a_shared_row_is_a_prompt_and_its_completions() -> None:
 def test_both_layouts_predict_the_same_tokens_from_the_same_tokens(
     items: list[tuple[list[int], list[list[int]]]], multiple: int
 ) -> None:
-    shared = collate(items, pad_token_id=0, multiple=multiple)
-    separate = collate(items, pad_token_id=0, layout="separate", multiple=multiple)
+    shared = collate(items, multiple=multiple)
+    separate = collate(items, layout="separate", multiple=multiple)
     expected = [
         (tuple(prompt + completion[:t]), completion[t])
         for prompt, completions in items
@@ -67,16 +67,16 @@ def test_both_layouts_predict_the_same_tokens_from_the_same_tokens(
 
 def test_rows_that_cannot_be_scored_are_refused() -> None:
     with pytest.raises(ValueError, match=r"same number of completions, got counts \[1, 2\]"):
-        collate([((1,), [(2,)]), ((1,), [(2,), (3,)])], pad_token_id=0)
+        collate([((1,), [(2,)]), ((1,), [(2,), (3,)])])
     for item in (((), [(1,)]), ((1,), [()]), ((1,), [(2,), ()])):
         with pytest.raises(ValueError, match="at least one token"):
-            collate([item], pad_token_id=0)
+            collate([item])
     with pytest.raises(ValueError):
-        collate([], pad_token_id=0)
+        collate([])
 
 
 def test_batch_tensors_are_what_a_loader_moves() -> None:
-    batch = collate(ITEMS, pad_token_id=0)
+    batch = collate(ITEMS)
     assert TokenBatch(**batch_tensors(batch), completions=2).input_ids is batch.input_ids
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -99,7 +100,7 @@ def test_shared_prompt_scores_equal_one_by_one_scores(name: str, attention: str,
     assert plan.layout == "shared" and plan.fused
     expected = one_by_one(model, items)
     with torch.no_grad():
-        scored = completion_logps(model, collate(items, pad_token_id=0), plan)
+        scored = completion_logps(model, collate(items), plan)
     torch.testing.assert_close(scored.total.double(), expected, rtol=1e-4, atol=1e-4)
     assert scored.tokens.tolist() == [[len(c) for c in cs] for _, cs in items]
 
@@ -108,13 +109,17 @@ def test_shared_prompt_scores_equal_one_by_one_scores(name: str, attention: str,
 def test_order_padding_and_layout_change_nothing(name: str) -> None:
     model, items = make(name), draw_items(2)
     plan = probe(model)
+    padded = collate(items[::-1], multiple=64)
+    other_ids = replace(padded, input_ids=torch.where(padded.segment_ids < 0, 5, padded.input_ids))
+    assert not torch.equal(other_ids.input_ids, padded.input_ids)
     with torch.no_grad():
-        straight = completion_logps(model, collate(items, pad_token_id=0), plan).total
-        reversed_rows = completion_logps(model, collate(items[::-1], pad_token_id=5, multiple=64), plan).total.flip(0)
-        swapped = completion_logps(model, collate([(p, cs[::-1]) for p, cs in items], pad_token_id=0), plan).total.flip(1)
-        alone = torch.cat([completion_logps(model, collate([item], pad_token_id=0), plan).total for item in items])
+        straight = completion_logps(model, collate(items), plan).total
+        reversed_rows = completion_logps(model, padded, plan).total.flip(0)
+        assert torch.equal(completion_logps(model, other_ids, plan).total.flip(0), reversed_rows)
+        swapped = completion_logps(model, collate([(p, cs[::-1]) for p, cs in items]), plan).total.flip(1)
+        alone = torch.cat([completion_logps(model, collate([item]), plan).total for item in items])
         separate = ScoringPlan(layout="separate", transform=plan.transform)
-        rows = completion_logps(model, collate(items, pad_token_id=0, layout="separate"), separate).total.view(-1, 2)
+        rows = completion_logps(model, collate(items, layout="separate"), separate).total.view(-1, 2)
     for other in (reversed_rows, swapped, alone, rows):
         torch.testing.assert_close(other, straight, rtol=1e-4, atol=1e-4)
 
@@ -125,7 +130,7 @@ def test_gradients_equal_those_of_one_by_one_scoring() -> None:
     (one_by_one(model, items) * weights).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    (completion_logps(model, collate(items, pad_token_id=0), probe(model)).total * weights).sum().backward()
+    (completion_logps(model, collate(items), probe(model)).total * weights).sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=2e-3, atol=2e-4)
 
@@ -135,8 +140,8 @@ def test_a_row_does_not_depend_on_the_other_rows() -> None:
     plan = probe(model)
     other = [items[0], *draw_items(2, seed=9)[1:]]
     with torch.no_grad():
-        first = completion_logps(model, collate(items, pad_token_id=0), plan).total[0]
-        again = completion_logps(model, collate(other, pad_token_id=0), plan).total[0]
+        first = completion_logps(model, collate(items), plan).total[0]
+        again = completion_logps(model, collate(other), plan).total[0]
     torch.testing.assert_close(first, again, rtol=1e-5, atol=1e-5)
 
 
@@ -148,7 +153,7 @@ def test_a_model_without_attention_masks_falls_back_to_one_row_a_completion(capl
     assert plan.layout == "separate"
     assert "one row a completion" in caplog.text
     with torch.no_grad():
-        scored = completion_logps(model, collate(items, pad_token_id=0, layout="separate"), plan).total.view(-1, 2)
+        scored = completion_logps(model, collate(items, layout="separate"), plan).total.view(-1, 2)
         torch.testing.assert_close(scored.double(), one_by_one(model, items), rtol=1e-4, atol=1e-4)
 
 
@@ -197,7 +202,7 @@ def test_logits_are_never_held_for_the_whole_batch(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("polyref.scoring.head.LOGIT_BUDGET", 3 * VOCABULARY)
     model, items = make("llama"), draw_items(2)
     plan = probe(model)
-    batch = collate(items, pad_token_id=0)
+    batch = collate(items)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -220,7 +225,7 @@ def test_logits_are_never_held_for_the_whole_batch(monkeypatch: pytest.MonkeyPat
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     model, items = make("llama"), draw_items(2)
-    plan, batch = probe(model), collate(items, pad_token_id=0)
+    plan, batch = probe(model), collate(items)
     completion_logps(model, batch, plan).total.sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()

@@ -32,7 +32,7 @@ def test_every_pair_keeps_its_record_its_anchor_and_its_number() -> None:
 @pytest.mark.parametrize("layout", ["shared", "separate"])
 def test_a_batch_holds_tokens_anchors_and_labels(layout: str) -> None:
     data = dataset()
-    batch = PairCollator(0, layout)([data[2], data[1]])  # type: ignore[arg-type]
+    batch = PairCollator(layout)([data[2], data[1]])  # type: ignore[arg-type]
     rows = {"shared": 2, "separate": 4}[layout]
     assert batch["input_ids"].shape[0] == batch["segment_ids"].shape[0] == rows
     assert batch["completion_index"].max() == 3, "completions are numbered alike in both layouts"
@@ -41,7 +41,7 @@ def test_a_batch_holds_tokens_anchors_and_labels(layout: str) -> None:
     assert batch["chosen_probability"].tolist() == [0.0, 0.25]
     assert batch["margin"].tolist() == [0.0, 0.5]
     assert batch["index"].tolist() == [2, 1]
-    certain = PairCollator(0, layout)([data[0]])  # type: ignore[arg-type]
+    certain = PairCollator(layout)([data[0]])  # type: ignore[arg-type]
     assert certain["chosen_probability"].tolist() == [1.0] and certain["margin"].tolist() == [0.0]
 
 

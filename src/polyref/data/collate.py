@@ -27,11 +27,12 @@ Item = tuple[Sequence[int], Sequence[Sequence[int]]]
 """One prompt's token ids and the token ids of its completions."""
 
 
-def collate(items: Sequence[Item], *, pad_token_id: int, layout: Layout = "shared", multiple: int = 1) -> TokenBatch:
+def collate(items: Sequence[Item], *, layout: Layout = "shared", multiple: int = 1) -> TokenBatch:
     """Lay `items` (B prompts of C completions each) out as a `TokenBatch`.
 
     Under "shared" there are R = B rows of C completions; under "separate" R = B * C rows of one. `completion_index` numbers the
-    B * C completions in the same order under both. Rows are padded on the right to a `multiple` of tokens.
+    B * C completions in the same order under both. Rows are padded on the right to a `multiple` of tokens, with id 0: no
+    scored token sees the padding.
     Raises ValueError when prompts have different numbers of completions, or a prompt or completion has no token.
     """
     import torch
@@ -46,7 +47,7 @@ def collate(items: Sequence[Item], *, pad_token_id: int, layout: Layout = "share
     longest = max(row_length(prompt, completions) for prompt, completions in rows)
     length = -(-longest // multiple) * multiple
 
-    input_ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
+    input_ids = np.zeros((len(rows), length), dtype=np.int64)
     position_ids = np.zeros((len(rows), length), dtype=np.int64)
     segment_ids = np.full((len(rows), length), -1, dtype=np.int64)
     source, target, owner = [], [], []

@@ -278,7 +278,7 @@ def _score_batch(
 ) -> list[CachedScore]:
     import torch
 
-    batch = collate([(pair.prompt_ids, pair.completions) for pair in pairs], pad_token_id=0, layout=plan.layout)
+    batch = collate([(pair.prompt_ids, pair.completions) for pair in pairs], layout=plan.layout)
     with torch.no_grad():
         logps = completion_logps(model, to_device(batch, device), plan)
     return [CachedScore(*score) for score in zip(logps.total.flatten().tolist(), logps.tokens.flatten().tolist(), strict=True)]

@@ -168,7 +168,7 @@ def _probe_items(config: PretrainedConfig, row_limit: int | None) -> list[Item]:
 
 
 def _score_items(model: nn.Module, items: list[Item], plan: ScoringPlan, device: torch.device) -> Tensor:
-    batch = to_device(collate(items, pad_token_id=0, layout=plan.layout), device)
+    batch = to_device(collate(items, layout=plan.layout), device)
     return token_scores(model, batch, plan)
 
 

@@ -44,13 +44,10 @@ class ScoredPairs(Dataset[ScoredPair]):
 class PairCollator:
     """Pairs -> the tensors of one step: a `TokenBatch` by field, `anchor` (B, 2), `chosen_probability`, `margin`, `index`."""
 
-    pad_token_id: int
     layout: Layout = "shared"
 
     def __call__(self, pairs: Sequence[ScoredPair]) -> dict[str, Tensor]:
-        batch = collate(
-            [(p.tokens.prompt_ids, p.tokens.completions) for p in pairs], pad_token_id=self.pad_token_id, layout=self.layout
-        )
+        batch = collate([(p.tokens.prompt_ids, p.tokens.completions) for p in pairs], layout=self.layout)
         label = [1.0 if p.record.chosen_probability is None else p.record.chosen_probability for p in pairs]
         return batch_tensors(batch) | {
             "anchor": torch.tensor([p.anchor for p in pairs], dtype=torch.float64).float(),

@@ -60,11 +60,6 @@ def _mend_generation_config(model: Any) -> None:
             raise ModelError(f"its generation_config cannot be saved: {error}", where="policy", fix=fix) from error
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(i) for i in candidates if i is not None)
-
-
 def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
     """The tokenizer kept with the model's weights."""
     name = causal_lm(model).config._name_or_path

@@ -30,7 +30,7 @@ from polyref.scoring.models import ModelSource, cache_home, load_causal_lm, load
 from polyref.training.config import PreferenceConfig
 from polyref.training.dataset import GroupedSampler, PairCollator, ScoredPairs
 from polyref.training.guards import FallingChosenWarning, WholeWindows, check_starts_at_reference, mean_loss
-from polyref.training.policy import pad_token_id, prepare_policy, tokenizer_of
+from polyref.training.policy import prepare_policy, tokenizer_of
 from polyref.types import PreferenceRecord, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class PreferenceTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairCollator(pad_token_id(tokenizer)),
+            data_collator=PairCollator(),
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=[WholeWindows(), FallingChosenWarning(), *(callbacks or [])],
@@ -114,7 +114,7 @@ class PreferenceTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             logger.warning("weights may be sharded outside the model's own forward pass; scoring with its full logits")
             self.plan = replace(self.plan, fused=False)
-        self.data_collator = PairCollator(pad_token_id(tokenizer), self.plan.layout)
+        self.data_collator = PairCollator(self.plan.layout)
         if train_dataset is not None:
             self.train_dataset = self._prepare(train_dataset, "train")
         if isinstance(eval_dataset, Mapping):
