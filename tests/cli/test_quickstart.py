@@ -13,6 +13,7 @@ from filelock import FileLock
 from cli_world import World, assert_refused
 from fakes import saved_llama
 from polyref.cli import quickstart
+from polyref.data import load_preferences
 from polyref.scoring import demo_model
 
 OUTPUTS = ("metrics.jsonl", "summary.json", "report.html", "config.yaml", "model/adapter_model.safetensors")
@@ -80,3 +81,8 @@ def test_the_demonstration_model_has_one_name_wherever_it_comes_from(
     assert world.run(words).code == 0 and world.tree() == before
     assert demo_model.HUB_ID in (world.path / "run" / "config.yaml").read_text()
     assert json.loads((world.path / "run" / "summary.json").read_text())["model"] == demo_model.HUB_ID
+
+
+def test_a_few_pairs_cover_many_prompts() -> None:
+    records = load_preferences([{"prompt": p, "chosen": f"yes {i}", "rejected": "no"} for i, p in enumerate("aaabbc")])
+    assert [record.row for record in quickstart._spread(records)] == [1, 4, 6, 2, 5, 3]

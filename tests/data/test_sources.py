@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyref.data import load_packaged, load_preferences, parse_record, split_by_prompt
+from polyref.data.sources import by_prompt
 from polyref.errors import ConfigError, DataError
 
 ROWS = [
@@ -256,3 +257,11 @@ def test_precomputed_reference_columns_are_not_ignored_in_silence(caplog: pytest
     with caplog.at_level("WARNING", logger="polyref"):
         load_preferences(rows)
     assert caplog.text.count("ref_chosen_logps not used") == 1
+
+
+def test_records_are_grouped_by_prompt_in_order() -> None:
+    turns = [{"role": "user", "content": "hello"}]
+    replies = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    rows = [{"prompt": p, "chosen": f"yes {i}", "rejected": "no"} for i, p in enumerate("bab")]
+    records = load_preferences([*rows, {"prompt": turns} | replies, {"prompt": turns[::-1]} | replies])
+    assert [[record.row for record in group] for group in by_prompt(records).values()] == [[1, 3], [2], [4, 5]]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from polyref.cli.settings import LoraSettings
 from polyref.cli.train import DEFAULTS, PolicySettings, refuse_many_processes, train
-from polyref.data.sources import prompt_key
+from polyref.data.sources import by_prompt
 from polyref.errors import DataError
 from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.report.page import SideBySide
@@ -110,13 +110,8 @@ def _choose_pairs(model: str, max_length: int, full: bool, seed: int) -> tuple[l
 
 def _spread(records: Sequence[PreferenceRecord]) -> list[PreferenceRecord]:
     """The first pair of every prompt, then the second of every prompt, and so on: a few pairs then cover many prompts."""
-    seen: Counter[str] = Counter()
-    turns = []
-    for record in records:
-        key = prompt_key(record.prompt)
-        turns.append(seen[key])
-        seen[key] += 1
-    return [record for _, record in sorted(zip(turns, records, strict=True), key=lambda pair: pair[0])]
+    turns = zip_longest(*by_prompt(records).values())
+    return [record for turn in turns for record in turn if record is not None]
 
 
 def _opening(full: bool, summary: dict[str, Any]) -> list[str]:
@@ -132,8 +127,8 @@ def _opening(full: bool, summary: dict[str, Any]) -> list[str]:
 def _replies(trainer: PreferenceTrainer) -> list[SideBySide]:
     """Greedy replies to a few held-out prompts, before and after training."""
     dataset: Any = trainer.eval_dataset
-    by_key = {prompt_key(pair.record.prompt): pair.record.prompt for pair in dataset.pairs}
-    prompts = list(by_key.values())[:REPLY_PROMPTS]
+    groups = by_prompt(pair.record for pair in dataset.pairs).values()
+    prompts: list[Any] = [group[0].prompt for group in groups][:REPLY_PROMPTS]
     logger.info("sampling replies to %d held-out prompts", len(prompts))
     model: Any = trainer.model
     shown = []

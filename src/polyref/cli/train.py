@@ -284,10 +284,10 @@ def _train_from(trainer: PreferenceTrainer, checkpoint: Path | None) -> None:
 
 def _shared_prompts(trainer: PreferenceTrainer) -> int:
     """How many held-out prompts are trained on too; more than none is worth a warning."""
-    from polyref.data.sources import prompt_key
+    from polyref.data.sources import by_prompt
 
     train, held_out = (
-        {prompt_key(pair.record.prompt) for pair in dataset.pairs}  # type: ignore[union-attr]
+        by_prompt(pair.record for pair in dataset.pairs).keys()  # type: ignore[union-attr]
         for dataset in (trainer.train_dataset, trainer.eval_dataset)
     )
     if shared := len(train & held_out):

@@ -6,7 +6,6 @@ import json
 import logging
 import random
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,6 +168,14 @@ def prompt_key(prompt: Text) -> str:
     return json.dumps(prompt, sort_keys=True)
 
 
+def by_prompt(records: Iterable[PreferenceRecord]) -> dict[str, list[PreferenceRecord]]:
+    """The records of each prompt, under its `prompt_key`: prompts as they first appear, records in order."""
+    groups: dict[str, list[PreferenceRecord]] = {}
+    for record in records:
+        groups.setdefault(prompt_key(record.prompt), []).append(record)
+    return groups
+
+
 def split_by_prompt(
     records: Sequence[PreferenceRecord], *, held_out: int | float, seed: int
 ) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
@@ -182,9 +189,7 @@ def split_by_prompt(
     if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 < wanted < len(records):
         fix = "give a share between 0 and 1, or a smaller number, that leaves pairs on both sides"
         raise ConfigError(f"held_out is {held_out!r} of {len(records)} pairs", fix=fix)
-    sizes: dict[str, int] = defaultdict(int)
-    for record in records:
-        sizes[prompt_key(record.prompt)] += 1
+    sizes = {prompt: len(group) for prompt, group in by_prompt(records).items()}
     prompts = sorted(sizes)
     random.Random(seed).shuffle(prompts)
     chosen: set[str] = set()
