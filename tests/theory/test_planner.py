@@ -1,0 +1,129 @@
+"""Plans answer with what the bounds and the lab's constants say, label each, and refuse what cannot be planned."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from polyref.errors import ConfigError
+from polyref.theory import bounds
+from polyref.theory.experiments import EXPERIMENTS
+from polyref.theory.planner import (
+    CONFIDENCES,
+    SOURCES,
+    Plan,
+    answers,
+    constants_of,
+    load_constants,
+    measured_constants,
+)
+from polyref.theory.results import ExperimentResult, Measured, Table
+
+
+def constants(*measured: Measured, name: str = "reverse-gap") -> dict[str, Any]:
+    result = ExperimentResult(
+        name, "t", "q", "c", "f", "agrees", (), Table((), ()), settings={"replicates": 9, "seed": 1}, measured=measured
+    )
+    return load_constants(json.dumps(constants_of([result], command="polyref lab", version="0")))
+
+
+def test_the_bound_is_met_at_its_number_of_pairs_and_not_before() -> None:
+    plan = Plan(gap=0.01, beta=0.1, d=10, coverage=4.0)
+    fast, slow, _ = answers(plan)
+    assert [fast.kind, slow.kind] == ["bound", "bound"] and fast.pairs and slow.pairs
+    for pairs, held in ((fast.pairs, True), (fast.pairs - 1, False)):
+        error = bounds.linear_error(pairs, 10, 0.05, 1.0)
+        assert (bounds.reverse_gap_bound(error, 4.0, 0.1) <= 0.01) is held
+    assert "[MR]" in fast.why and "[IT]" in slow.why and "C = 4" in fast.why
+
+
+def test_what_makes_more_pairs_necessary() -> None:
+    def pairs(**changes: Any) -> int:
+        return answers(Plan(**({"gap": 0.01, "beta": 0.1, "class_size": 100, "coverage": 4.0} | changes)))[0].pairs or 0
+
+    base = pairs()
+    for harder in ({"gap": 0.001}, {"beta": 0.05}, {"class_size": 1e6}, {"coverage": 8}, {"confidence": 0.999}):
+        assert pairs(**harder) > base, harder
+    assert pairs(reward_range=2.0) > base
+    assert pairs(beta=0.05) == pytest.approx(2 * base, rel=1e-3)
+    assert pairs(references=3) == base
+    assert pairs(references=3, coverage=[4.0, math.inf, math.inf]) == pytest.approx(3 * base, rel=1e-3)
+    assert answers(Plan(gap=0.01, beta=0.5, class_size=9))[0].pairs and "worst case" in answers(Plan(0.01, 0.5, 9))[0].why
+    assert pairs(kl="forward", gap=0.001) == pytest.approx(100 * pairs(kl="forward"), rel=1e-3)
+
+
+def test_the_measured_constant_is_used_as_it_was_measured() -> None:
+    known = constants(Measured("reverse-gap", 0.9, 0.5, 0.4, 0.6), Measured("reverse-gap", 0.99, 2.0, 1.8, 2.2))
+    plan = Plan(gap=0.01, beta=0.1, d=10, coverage=4.0, confidence=0.9)
+    at = answers(plan, known)[-1]
+    assert (at.kind, at.pairs, at.low, at.high) == ("measured", 20_000, 16_000, 24_000)
+    assert "90% of the runs of reverse-gap (9 replicates, seed 1" in at.why and "0.5 [0.4, 0.6]" in at.why
+    above = answers(Plan(gap=0.01, beta=0.1, d=10, coverage=4.0, confidence=0.95), known)[-1]
+    assert above.pairs == 80_000
+    beyond = answers(Plan(gap=0.01, beta=0.1, d=10, coverage=4.0, confidence=0.999), known)[-1]
+    assert beyond.pairs is None and "measured up to confidence 0.99, not 0.999" in beyond.why
+    classes = answers(Plan(gap=0.01, beta=0.1, class_size=math.e**10, coverage=4.0, confidence=0.9), known)[-1]
+    assert classes.pairs == pytest.approx(20_000, abs=1) and "extrapolation" in classes.why
+    forward = answers(Plan(gap=0.01, beta=0.1, d=10, coverage=4.0, kl="forward"), known)[-1]
+    assert forward.pairs is None and "not measured; polyref lab forward-gap" in forward.why
+
+
+def test_constants_are_quantiles_of_scaled_gaps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exponential = torch.empty(20_000, dtype=torch.float64).exponential_(generator=generator)
+    gaps = exponential * 3 * 7 / (0.5 * 1000)
+    found = measured_constants("reverse-gap", gaps, pairs=1000, beta=0.5, dimension=3, coverage=torch.full((20_000,), 7.0))
+    assert tuple(one.confidence for one in found) == CONFIDENCES
+    for one in found:
+        assert one.low < one.value < one.high and one.value == pytest.approx(-math.log(1 - one.confidence), rel=0.05)
+    again = measured_constants("reverse-gap", gaps, pairs=1000, beta=0.5, dimension=3, coverage=7.0)
+    assert np.allclose([one.value for one in again], [one.value for one in found])
+
+
+def test_the_packaged_constants_are_those_that_the_code_reads() -> None:
+    packaged = load_constants()
+    assert packaged["command"].startswith("polyref lab ") and "--constants" in packaged["command"]
+    assert set(packaged["experiments"]) <= set(SOURCES.values()) <= set(EXPERIMENTS)
+    for name, entry in packaged["experiments"].items():
+        assert {"replicates", "seed"} <= entry["settings"].keys()
+        found = [Measured(**one) for one in entry["constants"]]
+        assert found and all(one.name == name and 0 < one.low <= one.value <= one.high for one in found)
+        values = [one.value for one in sorted(found, key=lambda one: one.confidence)]
+        assert values == sorted(values)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"experiments": 3}', '{"experiments": {"a": {"constants": [{}]}}}'])
+def test_a_file_of_something_else_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="^mine.json: holds no measured constants"):
+        load_constants(text, where="mine.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"gap": 0.0}, "gap is 0"),
+        ({"beta": -1.0}, "beta is -1"),
+        ({"reward_range": math.nan}, "reward_range is nan"),
+        ({"d": None}, "no size, or two"),
+        ({"class_size": 3}, "no size, or two"),
+        ({"d": 0}, "d is 0"),
+        ({"d": None, "class_size": 1}, "class_size is 1"),
+        ({"references": 0}, "references is 0"),
+        ({"confidence": 1.0}, "confidence is 1"),
+        ({"kl": "sideways"}, "kl is 'sideways'"),
+        ({"coverage": 0.5}, "coverage is 0.5"),
+        ({"coverage": [2.0, 3.0]}, "2 coverage constants for 1 references"),
+        ({"coverage": math.inf}, "no reference covers"),
+        ({"kl": "forward", "coverage": None}, "forward KL has no coverage constant"),
+        ({"beta": 1e-5, "coverage": None}, "more than 10\\^18 pairs"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigError, match=what) as refusal:
+        answers(Plan(**({"gap": 0.01, "beta": 0.1, "d": 10, "coverage": 4.0} | changes)))
+    assert "\n" not in str(refusal.value)
