@@ -23,6 +23,8 @@ VERBS = {
     "validate": "check preference data: counts, lengths, duplicates, and every bad row",
     "score": "score preference data under K references, into the cache",
     "train": "train a policy on preference data against K references",
+    "lab": "measure what theory claims, on exact bandits whose optimum is known",
+    "plan": "say how many preference pairs a target gap needs, by the bounds and as measured",
 }
 """What the command line can do. Each verb is a module of this package with `add_arguments(parser)` and `run(settings)`."""
 
