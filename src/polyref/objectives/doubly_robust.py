@@ -63,7 +63,8 @@ def importance_diagnostics(log_ratios: Tensor, clip: float | None = None) -> Imp
         raise ConfigError(f"log_ratios has shape {tuple(log_ratios.shape)}", fix="give at least one weight, on the last axis")
     limit = _log_clip(clip)
     used = log_ratios.clamp(max=limit)
-    size = (2 * used.logsumexp(-1) - (2 * used).logsumexp(-1)).exp()
+    relative = (used - used.amax(-1, keepdim=True)).exp()
+    size = relative.sum(-1) ** 2 / (relative**2).sum(-1)
     share = (log_ratios > limit).to(log_ratios.dtype).mean(-1)
     return ImportanceDiagnostics(share, size.masked_fill(used.isneginf().all(-1), 0.0))
 
