@@ -29,8 +29,8 @@ def map_replicates(
 
     Each chunk has a generator of its own, seeded from (seed, index of the chunk), and torch runs each chunk on one thread: the
     result depends on `seed` (>= 0) and `chunk`, and on neither `threads` nor the order in which chunks finish. While it runs,
-    torch's intra-op threads are set to 1 for the process, and put back at the end. torch releases the interpreter lock inside its
-    operations, so threads pay when a chunk is large enough for these to dominate, and small enough to stay in cache.
+    torch's intra-op threads are set to 1 for the process, and put back at the end. torch releases the interpreter lock inside
+    its operations: threads pay when a chunk is large enough for these to dominate, and small enough to stay in cache.
     `progress(done, total)`, in replicates, is called from the calling thread. An error in a chunk cancels those not begun and
     is raised. ConfigError for sizes below 1, or tensors that do not hold `size` replicates.
     """
