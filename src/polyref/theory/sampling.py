@@ -72,8 +72,8 @@ def draw_counts(probabilities: Tensor, draws: int, replicates: int, generator: t
 def draw_cells(probabilities: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
     """One cell a draw: `probabilities` (B, cells), each row of positive sum, and `rows` (...) the row of each draw; (...).
 
-    Row b of the distribution function is shifted by b, so that one sorted table serves every row; a uniform is kept 1e-12 below
-    1, which keeps its draw in its own row.
+    Row b of the distribution function is shifted by b, so that one sorted table serves every row; a uniform is kept a few
+    roundings below 1, which keeps its draw in its own row.
     """
     table = probabilities.to(torch.float64).cumsum(-1)
     table = table / table[:, -1:]
@@ -81,7 +81,8 @@ def draw_cells(probabilities: Tensor, rows: Tensor, generator: torch.Generator) 
     if table.shape[0] == 1:
         return torch.searchsorted(table[0], uniform, right=True)
     shifts = torch.arange(table.shape[0], dtype=torch.float64)
-    drawn = torch.searchsorted((table + shifts[:, None]).flatten(), uniform.clamp_(max=1 - 1e-12).add_(rows), right=True)
+    below_one = 1 - 4 * table.shape[0] * torch.finfo(torch.float64).eps
+    drawn = torch.searchsorted((table + shifts[:, None]).flatten(), uniform.clamp_(max=below_one).add_(rows), right=True)
     return drawn - rows * table.shape[-1]
 
 
