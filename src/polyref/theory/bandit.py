@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from polyref.errors import ConfigError, ReferenceSetError
-from polyref.references.compose import SIMPLEX_TOLERANCE, Composition, arithmetic, check_weights, geometric
+from polyref.references.compose import Composition, arithmetic, check_weights, geometric
+from polyref.theory.checks import (
+    check_actions,
+    check_beta,
+    check_contexts,
+    check_members,
+    check_rewards,
+    check_shapes,
+    first,
+    shown,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,19 +61,16 @@ class FiniteBandit:
         if self.contexts.numel() == 0 and self.rewards.dim() > 1:
             uniform = self.rewards.new_full((self.rewards.shape[-2],), 1 / max(1, self.rewards.shape[-2]))
             object.__setattr__(self, "contexts", uniform)
-        object.__setattr__(self, "weights", check_weights(torch.as_tensor(self.weights, dtype=torch.float64)))
-        check_beta(self.beta)
-        self._check_shapes()
-        self._check_members()
+        weights = check_weights(torch.as_tensor(self.weights, dtype=torch.float64))
+        object.__setattr__(self, "weights", weights / weights.sum(-1, keepdim=True))
+        object.__setattr__(self, "beta", check_beta(self.beta))
+        check_shapes(self._tensors())
+        check_contexts(self.contexts)
+        check_members(self.logps, _aligned(self.weights))
         supported = check_actions(self.mixture)
         check_rewards(self.rewards, supported)
         if not supported.all():
             object.__setattr__(self, "rewards", self.rewards.masked_fill(~supported, 0.0))
-        rho = self.contexts
-        if not ((rho >= 0).all() and ((rho.sum(-1) - 1).abs() <= SIMPLEX_TOLERANCE).all()):
-            raise ConfigError(
-                f"contexts of shape {tuple(rho.shape)} are not on the simplex", fix="give rho >= 0 that sums to 1"
-            )
 
     @classmethod
     def tabular(
@@ -79,9 +86,9 @@ class FiniteBandit:
     ) -> FiniteBandit:
         """From rewards (..., X, Y) and references (..., X, Y, K); weights and contexts are uniform where left out."""
         members = logps.shape[-1] if logps.dim() else 0
-        a = torch.full((members,), 1 / max(1, members)) if weights is None else torch.as_tensor(weights)
+        a = [1 / members] * members if weights is None else weights
         rho = torch.empty(0) if contexts is None else contexts
-        return cls(rewards, logps, a.to(torch.float64), beta, rho, features, theta)
+        return cls(rewards, logps, torch.as_tensor(a, dtype=torch.float64), beta, rho, features, theta)
 
     @classmethod
     def linear(
@@ -112,11 +119,11 @@ class FiniteBandit:
     @property
     def replicates(self) -> torch.Size:
         """The leading axes "...", broadcast over all fields."""
-        own = self.weights.shape[:-2] if self.weights.dim() > 1 else ()
-        shapes = [self.rewards.shape[:-2], self.logps.shape[:-3], own, self.contexts.shape[:-1]]
-        shapes += [] if self.features is None else [self.features.shape[:-3]]
-        shapes += [] if self.theta is None else [self.theta.shape[:-1]]
-        return torch.broadcast_shapes(*shapes)
+        return check_shapes(self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        names = ("rewards", "logps", "weights", "contexts", "features", "theta")
+        return {name: getattr(self, name) for name in names}
 
     @cached_property
     def mixture(self) -> Tensor:
@@ -130,14 +137,11 @@ class FiniteBandit:
         ReferenceSetError where one reference has no mass on an action that another one supports.
         """
         product = composed(geometric, self.logps, self.weights)
-        refused = product.isneginf() & ~self.mixture.isneginf()
-        if refused.any():
-            row = tuple(refused.nonzero()[0].tolist())
-            kept = (_aligned(self.weights) > 0).expand(*refused.shape, self.size[-1])
-            empty = self.logps.isneginf().expand_as(kept)[row] & kept[row]
+        if (row := first(product.isneginf() & ~self.mixture.isneginf())) is not None:
+            empty = (self.logps.isneginf() & (_aligned(self.weights) > 0)).expand(*product.shape, self.size[-1])[row]
             raise ReferenceSetError(
                 f"reference {int(empty.nonzero()[0])} has no mass there, and another reference has some",
-                where=f"context and action {_shown(row)} of log-probabilities {tuple(self.logps.shape)}",
+                where=f"context and action {shown(row)} of log-probabilities {tuple(self.logps.shape)}",
                 fix="compose arithmetically, give that reference weight 0 in this context, or drop the action",
             )
         return product
@@ -155,49 +159,6 @@ class FiniteBandit:
     def mean(self, values: Tensor) -> Tensor:
         """E_x of values (..., X): (...)."""
         return (self.contexts * values).sum(-1)
-
-    def _check_shapes(self) -> None:
-        r, p = self.rewards.shape, self.logps.shape
-        x_y = tuple(r[-2:])
-        fits = len(r) > 1 and len(p) > 2 and tuple(p[-3:-1]) == x_y and self.contexts.shape[-1:] == r[-2:-1]
-        fits = fits and self.weights.shape[-1] == p[-1] and self.weights.shape[-2:-1] in ((), r[-2:-1])
-        if self.features is not None:
-            fits = fits and self.features.dim() > 2 and tuple(self.features.shape[-3:-1]) == x_y
-        try:
-            fits = fits and self.replicates is not None
-        except RuntimeError:
-            fits = False
-        if not fits:
-            named = ("rewards", "logps", "weights", "contexts") + (() if self.features is None else ("features",))
-            shown = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in named)
-            raise ConfigError(
-                f"the shapes do not fit: {shown}",
-                fix="give rewards (..., X, Y), logps (..., X, Y, K), weights (K,) or (..., X, K), contexts (..., X), "
-                "features (..., X, Y, d), with leading axes that broadcast",
-            )
-        if 0 in r[-2:]:
-            raise ConfigError(f"rewards of shape {tuple(r)} hold no action", fix="give at least one context and one action")
-
-    def _check_members(self) -> None:
-        shape = torch.broadcast_shapes(self.logps.shape, _aligned(self.weights).shape)
-        kept = (_aligned(self.weights) > 0).expand(shape)
-        mass = self.logps.expand(shape).masked_fill(~kept, -math.inf).exp().sum(-2)
-        wrong = ~((mass - 1).abs() <= SIMPLEX_TOLERANCE) & kept[..., 0, :] & (mass != 0)
-        if wrong.any():
-            row = tuple(wrong.nonzero()[0].tolist())
-            raise ReferenceSetError(
-                f"the probabilities sum to {float(mass[row]):.6g} over the actions",
-                where=f"context and reference {_shown(row)} of log-probabilities {tuple(self.logps.shape)}",
-                fix="give log-probabilities that are normalised over the actions",
-            )
-        empty = (mass == 0) & kept[..., 0, :]
-        if empty.any():
-            row = tuple(empty.nonzero()[0].tolist())
-            raise ConfigError(
-                "the action set is empty: every log-probability is -inf",
-                where=f"context and reference {_shown(row)} of log-probabilities {tuple(self.logps.shape)}",
-                fix="give that reference mass on some action, or weight 0 in this context",
-            )
 
 
 def random_bandit(
@@ -258,47 +219,6 @@ def composed(compose: Composition, logps: Tensor, weights: Tensor) -> Tensor:
         return compose(logps, weights)
     shape = torch.broadcast_shapes(logps.shape, weights.shape)
     return compose(logps.expand(shape), weights.expand(*shape[:-2], 1, shape[-1]))
-
-
-def check_beta(beta: float) -> float:
-    """`beta` where it is a finite number above 0; else ConfigError."""
-    if isinstance(beta, (int, float)) and 0 < beta < math.inf:
-        return float(beta)
-    raise ConfigError(f"beta is {beta}", fix="give a finite number above 0")
-
-
-def check_actions(anchor_log: Tensor) -> Tensor:
-    """Where `anchor_log` (..., X, Y) has mass, boolean; ConfigError where a context has none, or where it holds NaN or +inf."""
-    if broken := _first(anchor_log.isnan() | anchor_log.isposinf()):
-        raise ConfigError(
-            f"context and action {broken[0]} of log-probabilities {tuple(anchor_log.shape)} is not a log-probability",
-            fix="give -inf or finite numbers",
-        )
-    supported = ~anchor_log.isneginf()
-    if empty := _first(~supported.any(-1)):
-        raise ConfigError(
-            f"the action set of context {empty[0]} is empty in log-probabilities {tuple(anchor_log.shape)}",
-            fix="give every context at least one action with mass",
-        )
-    return supported
-
-
-def check_rewards(rewards: Tensor, supported: Tensor) -> None:
-    """ConfigError naming the first reward (..., X, Y) that is not finite although its action is supported."""
-    if row := _first(~rewards.isfinite() & supported):
-        raise ConfigError(
-            f"rewards of shape {tuple(rewards.shape)} are not finite at context and action {row[0]}",
-            fix="give finite rewards wherever a reference has mass",
-        )
-
-
-def _first(flags: Tensor) -> list[str]:
-    """The first index at which `flags` holds, shown, or nothing."""
-    return [_shown(flags.nonzero()[0].tolist())] if flags.any() else []
-
-
-def _shown(row: Sequence[int]) -> str:
-    return f"({', '.join(map(str, row))})"
 
 
 def _aligned(weights: Tensor) -> Tensor:

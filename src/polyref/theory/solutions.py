@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from polyref.errors import PolyrefError
-from polyref.theory.bandit import FiniteBandit, check_actions, check_beta, check_rewards
+from polyref.theory.bandit import FiniteBandit
+from polyref.theory.checks import check_actions, check_beta, check_rewards
 
 EPSILON: Final = torch.finfo(torch.float64).eps
 MAX_STEPS: Final = 200
