@@ -46,7 +46,8 @@ class LabSettings:
 def add_arguments(parser: ArgumentParser) -> None:
     """The verb's settings, and the experiments as words without a flag."""
     parser.add_argument("names", nargs="*", default=[], metavar="NAME", help="Experiments to run; or list, or all.")
-    parser.add_class_arguments(LabSettings)
+    parser.add_argument("--overwrite", action="store_true", help="Run again what is there already at these settings.")
+    parser.add_class_arguments(LabSettings, skip={"overwrite"})
 
 
 def run(settings: Namespace) -> None:

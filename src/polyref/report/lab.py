@@ -26,6 +26,9 @@ _COLUMNS = 2
 _DPI = 150
 _BAND_POINTS = 4  # from here on an interval is a band; below, error bars
 _LEGEND_ROWS = 6  # a longer legend stands below its panel
+_UNDATED = ("Date", "Creator", "Format", "Type")
+_TICKS, _MOST_SIZES, _DECADES = 6, 12, 2.5
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -61,16 +64,13 @@ def draw(result: ExperimentResult) -> dict[str, bytes]:
         heights = [max(map(_height, result.panels[columns * row : columns * (row + 1)]), default=1.0) for row in range(rows)]
         size = (_PANEL[0] * columns + (1.2 if columns == 1 else 0), _PANEL[1] * sum(heights) + 0.4)
         figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-        figure.suptitle(one_line(result.title, 60 * columns), x=0.01, ha="left", weight="bold")
+        figure.suptitle(one_line(result.title, 66 * columns), x=0.01, ha="left", weight="bold")
         grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flatten()
         for axes, panel in zip(grid, result.panels, strict=False):
             _panel(axes, panel)
         for axes in grid[len(result.panels) :]:
             axes.set_axis_off()
         return {"png": _saved(figure, "png", {"Software": None}), "svg": _saved(figure, "svg", dict.fromkeys(_UNDATED))}
-
-
-_UNDATED = ("Date", "Creator", "Format", "Type")
 
 
 def _saved(figure: Figure, form: str, metadata: dict[str, None]) -> bytes:
@@ -104,8 +104,7 @@ def _panel(axes: Axes, panel: Panel) -> None:
         axes.set_xticks(range(len(names)), names, rotation=25 if max(map(len, names)) * len(names) > 44 else 0, ha="center")
         axes.grid(visible=False, axis="x")
         axes.set_xlim(-0.5, len(names) - 0.5)
-    elif panel.log_x:
-        _plain_ticks(axes, panel)
+    _ticks(axes, panel)
     axes.set_title(one_line(panel.title, 60))
     axes.set_xlabel(one_line(panel.x_label, 60))
     axes.set_ylabel(one_line(panel.y_label, 50))
@@ -157,6 +156,7 @@ def _drawable(panel: Panel, curve: Curve) -> tuple[Any, Any, Any, Any]:
         if low is not None:
             positive = [one for one in np.concatenate([[*c.y, *(c.low or ())] for c in panel.curves]) if one > 0]
             low = np.where(low > 0, low, min(positive, default=1.0) / 2)
+        low, high = (None if end is None else np.where(np.isnan(y), np.nan, end) for end in (low, high))
     return x, y, low, high
 
 
@@ -185,17 +185,34 @@ def _middle(panel: Panel) -> tuple[float, float]:
     return 1.0, math.nan
 
 
-def _plain_ticks(axes: Axes, panel: Panel) -> None:
-    """On an axis of at most eight sizes, the sizes themselves, in plain digits."""
-    from matplotlib.ticker import NullFormatter, NullLocator
+def _ticks(axes: Axes, panel: Panel) -> None:
+    """Ticks in plain digits: along x the sizes themselves, at most six of them, where they are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    sizes = sorted({float(x) for curve in panel.curves for x in curve.x if x > 0})
-    if not 2 <= len(sizes) <= 8 or min(np.diff(np.log10(sizes)), default=0) < 0.12 * (np.log10(sizes[-1] / sizes[0]) or 1):
-        return
-    axes.set_xticks(sizes, [_size(size) for size in sizes])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    digits = FuncFormatter(lambda value, _: _digits(value))
+    if not panel.categories:
+        sizes = sorted({float(x) for curve in panel.curves for x in curve.x if x > 0 or not panel.log_x})
+        if 2 <= len(sizes) <= _MOST_SIZES:
+            axes.set_xticks(sizes[:: math.ceil(len(sizes) / _TICKS)])
+            axes.xaxis.set_minor_locator(NullLocator())
+        if panel.log_x:
+            axes.xaxis.set_major_formatter(digits)
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        elif 2 <= len(sizes) <= _MOST_SIZES:
+            axes.xaxis.set_major_formatter(digits)
+    if panel.log_y:
+        low, high = axes.get_ylim()
+        decades = math.log10(high / low)
+        subs = (1.0,) if decades > _DECADES else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 3.0, 5.0, 7.0)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
+        axes.yaxis.set_major_formatter(digits)
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _size(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 and value == round(value) else f"{value:.3g}"
+def _digits(value: float) -> str:
+    """1e-05 as 10⁻⁵, 3e6 as 3·10⁶, the everyday range in digits."""
+    if 1e-4 <= abs(value) < 1e6 or value == 0:
+        return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    power = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+    return power if mantissa == "1" else f"{mantissa}·{power}"

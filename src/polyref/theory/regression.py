@@ -120,9 +120,9 @@ def fit_slope(
 
     Each point weighs the inverse of the bootstrap variance of its logarithm; the interval is of percentiles over `resamples`
     refits with those weights. `drop` leaves out so many of the first points, those before the asymptotic knee; None chooses:
-    points go, as long as three remain, while the line plus a curvature would bend significantly. A statistic that is negative
-    at every size is fitted by its size, with a note. Raises ConfigError for sizes that are not positive or do not match,
-    fewer than two points or replicates, and values that are not finite.
+    the first point goes, as long as three remain, while it lies significantly off the line of those after it. A statistic that
+    is negative at every size is fitted by its size, with a note. Raises ConfigError for sizes that are not positive or do not
+    match, fewer than two points or replicates, and values that are not finite.
     """
     sizes, array = np.asarray(x, dtype=np.float64), _checked(values)
     if sizes.shape != array.shape[:1] or not (np.isfinite(sizes) & (sizes > 0)).all() or len(np.unique(sizes)) < len(sizes):
@@ -141,12 +141,12 @@ def fit_slope(
     log_drawn[~np.isfinite(log_drawn)] = np.nan
     weights = _weights(np.nanvar(log_drawn, axis=1))
     knee = _knee(np.log(sizes), log_drawn, weights) if drop is None else 0
-    line = _least_squares(np.log(sizes[knee:]), weights[knee:], degree=1)
+    line = _least_squares(np.log(sizes[knee:]), weights[knee:])
     intercept, slope = line @ logs[knee:]
     slopes = (line @ log_drawn[knee:])[1]
     low, high = np.nanquantile(slopes, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     dropped = first + knee
-    notes = [f"the first {dropped} points are left out"] * bool(dropped) + ["of minus the statistic"] * (sign < 0)
+    notes = [f"first {dropped} left out"] * bool(dropped) + ["of minus the statistic"] * (sign < 0)
     used = tuple(sizes[knee:].tolist())
     return SlopeFit(
         name, statistic.name, float(slope), float(low), float(high), float(intercept), used, claimed, "; ".join(notes)
@@ -205,19 +205,19 @@ def _weights(variances: Array) -> Array:
     return 1 / np.maximum(variances, positive.min() if len(positive) else 1.0)
 
 
-def _least_squares(x: Array, weights: Array, degree: int) -> Array:
-    """The matrix (degree + 1, P) that takes values to the coefficients of their weighted polynomial in x, lowest first."""
-    powers = x[:, None] ** np.arange(degree + 1)
+def _least_squares(x: Array, weights: Array) -> Array:
+    """The matrix (2, P) that takes values to intercept and slope of their weighted line in x."""
+    powers = np.stack([np.ones_like(x), x], axis=1)
     weighted = powers * weights[:, None]
     return np.asarray(np.linalg.solve(weighted.T @ powers, weighted.T))
 
 
 def _knee(x: Array, log_drawn: Array, weights: Array) -> int:
-    """How many first points to leave out until a quadratic term's 95% interval holds zero, or three points remain."""
+    """How many first points to leave out, until the first lies on the line of the others (95% interval), or three remain."""
     for first in range(len(x) - 3):
-        centred = x[first:] - x[first:].mean()
-        bend = (_least_squares(centred, weights[first:], degree=2) @ log_drawn[first:])[2]
-        low, high = np.nanquantile(bend, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        others = slice(first + 1, None)
+        line = _least_squares(x[others], weights[others]) @ log_drawn[others]
+        low, high = np.nanquantile(log_drawn[first] - line[0] - line[1] * x[first], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         if low <= 0 <= high:
             return first
     return max(len(x) - 3, 0)
