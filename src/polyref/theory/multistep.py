@@ -80,8 +80,8 @@ def enumerate_steps(
 
     `errors` (..., N - 1, X, Y) are the fit errors of steps 1..N-1: what each fitted log-policy has added, before it is
     normalised, to what it should be; none where left out. It should be pi_k when `anchored` (sigmoid pairs at beta_k against
-    the original anchor estimate the whole tilt), and otherwise the law of the accepted draws (they are imitated), so that errors
-    accumulate: the law returned is off by the last error, or by the sum of all. `reweight` accepts in proportion to
+    the original anchor estimate the whole tilt), and otherwise the law of the accepted draws (they are imitated), so that
+    errors accumulate: the law returned is off by the last error, or by the sum of all. `reweight` accepts in proportion to
     pi_k / (policy proposed from) instead: exact whatever the errors, at the acceptance that the largest ratio leaves.
     """
     exact = ladder(bandit, steps)
