@@ -77,6 +77,7 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = _Registry(
     "settings",
     "multistep",
     "variance-reduction",
+    "auxiliary-pairs",
     "doubly-robust",
     "references",
     "composition",

@@ -99,6 +99,11 @@ def cells(found: Estimates) -> list[Estimate]:
     return [Estimate(*one) for one in zip(found.value, found.low, found.high, strict=True)]
 
 
+def told(found: Estimate) -> str:
+    """A number with its interval in a sentence, as in 0.72 [0.65, 0.80]."""
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
 def settings(replicates: int, seed: int) -> dict[str, Any]:
     """What an ExperimentResult records."""
     return {
