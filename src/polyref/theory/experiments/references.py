@@ -77,8 +77,8 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         notes=(
             f"{CONTEXTS} contexts, {ACTIONS} actions of which {GOOD} are good (rewards uniform on [0.8, 1], the others on "
             f"[0, 0.5]), beta {BETA:g} throughout. A reference gives the good actions of a context {MASS:g} where it knows "
-            f"them and {LITTLE:g} where not. Split: each of three knows a third of the contexts. Otherwise one knows them all, the "
-            "others none. Pairs come from the references in use, in equal shares; rewards by maximum likelihood.",
+            f"them and {LITTLE:g} where not. Split: each of three knows a third of the contexts. Otherwise one knows them all, "
+            "the others none. Pairs come from the references in use, in equal shares; rewards by maximum likelihood.",
             "Reward lost is the common yardstick: the best action's reward less the policy's, without any KL. Regularised "
             "values and gaps are of each way's own objective, and not comparable between ways.",
             "Where a reference hardly ever draws the good actions, their estimated rewards are noise, which moves the policy "
@@ -115,7 +115,7 @@ def _arms(generator: torch.Generator, size: int, scenario: str) -> dict[str, Arm
     knows = torch.arange(CONTEXTS)[:, None] % REFERENCES == torch.arange(REFERENCES)
     if scenario == "one":
         knows = (torch.arange(REFERENCES) == 0).expand(CONTEXTS, REFERENCES)
-    logps = _with_good_mass(plain, torch.where(knows, MASS, LITTLE).to(torch.float64))
+    logps = _with_good_mass(plain, LITTLE + (MASS - LITTLE) * knows.to(torch.float64))
     alone = torch.stack([mean_reward(*_tilt(rewards, logps[..., k : k + 1])) for k in range(REFERENCES)], -1)
     drawn = torch.randint(REFERENCES, (size,), generator=generator)
     together = FiniteBandit.tabular(rewards, logps, beta=BETA)

@@ -1,0 +1,58 @@
+"""`polyref plan`: what it prints, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from cli_world import World, assert_refused
+
+GOOD = {"gap": 0.01, "beta": 0.1, "d": 20, "coverage": 4}
+
+
+def words(**changes: object) -> list[object]:
+    given = {name: value for name, value in (GOOD | changes).items() if value is not None}
+    return ["plan", *(word for name, value in given.items() for word in (f"--{name}", value))]
+
+
+def test_every_number_is_labelled(world: World) -> None:
+    shown = world.run(words())
+    assert (shown.code, shown.err) == (0, "") and world.tree() == {}
+    assert "20 features, 1 reference (mixture coverage 4)" in shown.out
+    labels = [line.split("  ")[1] for line in shown.out.splitlines() if line.startswith("  ")]
+    assert labels[:2] == ["bound, 1/n", "bound, 1/sqrt(n)"] and labels[2].startswith("measured")
+    assert "[MR]" in shown.out and "[IT]" in shown.out and "polyref.theory.bounds" in shown.out
+
+
+def test_classes_several_references_and_forward_kl(world: World) -> None:
+    shown = world.run(words(d=None, class_size=1e6, coverage="[4, .inf]", references=2, kl="forward"))
+    assert shown.code == 0, shown.err
+    assert "forward KL, beta 0.1, a class of 1e+06 rewards, 2 references of equal weight (mixture coverage 8)" in shown.out
+    alone = world.run(words(d=None, class_size=1e6, coverage=8, kl="forward"))
+    assert alone.out.splitlines()[2] == shown.out.splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"gap": None}, "gap"),
+        ({"beta": 0}, "beta is 0"),
+        ({"class_size": 10}, "no size, or two"),
+        ({"d": None}, "no size, or two"),
+        ({"d": "many"}, "d: "),
+        ({"coverage": 0.5}, "coverage is 0.5"),
+        ({"coverage": "[1, 2]"}, "2 coverage constants for 1 references"),
+        ({"confidence": 1.5}, "confidence is 1.5"),
+        ({"kl": "sideways"}, "kl: "),
+        ({"kl": "forward", "coverage": None}, "give --coverage"),
+        ({"coverage": None, "beta": 0.001}, "10^18 pairs"),
+        ({"constants": "missing.json"}, "cannot be read as measured constants"),
+    ],
+)
+def test_bad_input_is_one_line(changes: dict[str, object], says: str, world: World) -> None:
+    assert_refused(world, words(**changes), [says])
+
+
+def test_a_file_that_holds_no_constants(world: World) -> None:
+    for content in (b"\xff\xfe\x00", b"{}"):
+        file = world.file("constants.json", content)
+        assert_refused(world, words(constants=file), ["measured constants"])
