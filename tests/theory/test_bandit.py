@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polyref import theory
 from polyref.errors import ConfigError, ReferenceSetError
 from polyref.theory.bandit import FiniteBandit, random_bandit, with_coverage
 from polyref.theory.coverage import chi_square_coverage, density_coverage, feature_coverage
@@ -308,3 +311,12 @@ def test_a_policy_that_is_a_member_costs_the_kl_to_the_others():
     parts = kl_decomposition(member, bandit)
     direct = 0.5 * (member.exp() * (member - bandit.logps[..., 1])).sum(-1)
     torch.testing.assert_close(parts.to_members, direct)
+
+
+def test_the_room_lists_every_name_it_gives_and_none_waits_for_torch():
+    assert all(getattr(theory, name) is not None for name in theory.__all__)
+    assert set(theory.__all__) <= set(dir(theory)) and theory.FiniteBandit is FiniteBandit
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        _ = theory.absent
+    code = "import sys, polyref.theory; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
