@@ -79,7 +79,9 @@ def test_what_does_not_fit_is_refused() -> None:
     [
         (-1.0, -1.1, -0.9, -1.0, "agrees"),
         (-1.0, -1.1, -0.9, -0.5, "beats the claim"),
-        (-0.4, -0.45, -0.35, -0.5, "misses the claim"),
+        (-0.3, -0.35, -0.25, -0.5, "misses the claim"),
+        (-1.02, -1.03, -1.01, -1.0, "agrees"),
+        (-0.4, -0.46, -0.34, -0.5, "agrees"),
         (-1.0, -1.1, -0.9, None, "no claim"),
         (math.nan, math.nan, math.nan, -1.0, "no claim"),
     ],

@@ -65,4 +65,4 @@ def _coverage(bandit: FiniteBandit) -> Tensor:
     return density_coverage(forward_optimum(bandit), bandit.mixture)
 
 
-EXPERIMENT = Experiment("forward-gap", TITLE, run, default_replicates=400, seconds=20.0)
+EXPERIMENT = Experiment("forward-gap", TITLE, run, default_replicates=1000, seconds=30.0)

@@ -59,4 +59,4 @@ def _coverage(bandit: FiniteBandit) -> Tensor:
     return density_coverage(reverse_optimum(bandit), bandit.mixture)
 
 
-EXPERIMENT = Experiment("reverse-gap", TITLE, run, default_replicates=400, seconds=20.0)
+EXPERIMENT = Experiment("reverse-gap", TITLE, run, default_replicates=1000, seconds=30.0)

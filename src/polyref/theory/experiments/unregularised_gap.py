@@ -67,4 +67,4 @@ def _gap(rewards: Tensor, bandit: FiniteBandit) -> Tensor:
     return unregularised_gap(solve_reverse_kl(rewards, bandit.geometric, bandit.beta), bandit)
 
 
-EXPERIMENT = Experiment("unregularised-gap", TITLE, run, default_replicates=400, seconds=20.0)
+EXPERIMENT = Experiment("unregularised-gap", TITLE, run, default_replicates=1000, seconds=30.0)

@@ -43,9 +43,9 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         question="Given a model of the annotators, how much more precise do the fitted rewards become, and when less?",
         claim="An auxiliary model lowers error and regret where Bradley-Terry is wrong, and keeps them where it is right [VR].",
         finding=(
-            f"Claimed: less error under every misspecification. Measured with the true g, M = {AUXILIARY}, {PAIRS:,} pairs, as a "
-            f"share of the plain error: {by_law}; less under {len(helped)} of {len(wrong)} misspecifications. With these other g "
-            f"the error grows under some law: {', '.join(hurt) or 'none'}."
+            f"Claimed: less error under every misspecification. Measured with the true g, M = {AUXILIARY}, {PAIRS:,} pairs, as "
+            f"a share of the plain error: {by_law}; less under {len(helped)} of {len(wrong)} misspecifications. With these "
+            f"other g the error grows under some law: {', '.join(hurt) or 'none'}."
         ),
         agreement="agrees" if len(helped) == len(wrong) else "misses the claim",
         panels=(_by_quality(shares), _by_size(drawn)),
