@@ -146,7 +146,7 @@ def test_every_column_and_error_is_documented() -> None:
 
 
 def test_every_verb_and_setting_is_documented() -> None:
-    from polyref.cli import quickstart, score, settings, train, validate
+    from polyref.cli import lab, plan, quickstart, score, settings, train, validate
     from polyref.cli.main import VERBS
 
     page = read("docs/cli.md")
@@ -156,6 +156,8 @@ def test_every_verb_and_setting_is_documented() -> None:
         validate.ValidateSettings,
         score.ScoreSettings,
         train.PolicySettings,
+        lab.LabSettings,
+        plan.PlanSettings,
         settings.DataSettings,
         settings.LoraSettings,
     )

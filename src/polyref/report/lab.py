@@ -166,7 +166,7 @@ def _guide(axes: Axes, panel: Panel, guide: Guide, index: int) -> None:
     x0, y0 = guide.through or _middle(panel)
     if not ends or not math.isfinite(y0):
         return
-    low, high = min(ends), max(ends)
+    low, high = (-0.5, len(panel.categories) - 0.5) if panel.categories else (min(ends), max(ends))
     if guide.slope == 0:
         x = np.array([low, high])
         y = np.full(2, y0)
