@@ -55,6 +55,10 @@ class World:
         usual = {"model": self.model, "references": {"members": [{"model": str(self.model)}]}}
         return self._words("score", usual | settings)
 
+    def validate(self, **settings: Any) -> list[str]:
+        """`polyref validate` with the model's tokenizer."""
+        return self._words("validate", {"model": self.model} | settings)
+
     def under(self, *members: Mapping[str, Any], **others: Any) -> list[str]:
         """`polyref score` under `members`, each the model itself with some of its settings changed."""
         whole = [{"model": str(self.model)} | {k: _plain(v) for k, v in member.items()} for member in members]

@@ -126,6 +126,7 @@ VALIDATE: dict[str, tuple[Any, ...]] = {
     "no such file": (["absent.jsonl"], "absent.jsonl: there is no such file", "check the path"),
     "an empty file beside a good one": (["pairs.jsonl", "empty.jsonl"], "empty.jsonl: there are no rows", "at least one"),
     "max_length without a model": (["pairs.jsonl", "--max_length", "9"], "max_length is in tokens", "give --model"),
+    "revision without a model": (["pairs.jsonl", "--revision", "v1"], "revision is of a model, and there is none", "--model"),
     "max_length 1": (["pairs.jsonl", "--max_length", "1", "--model", "tiny"], "max_length is 1", "at least 2"),
     "a prompt_format": (["pairs.jsonl", "--prompt_format", "x"], "prompt_format", "--help"),
     "a column of no field": (["pairs.jsonl", "--columns", '{"a": "b"}'], "columns maps 'a', which is no field", "the fields"),

@@ -120,7 +120,10 @@ def test_one_held_out_prompt_gives_valid_json_and_dashes(world: World) -> None:
     assert "[–, –]" in page and "one prompt gives no interval" in page and "nan" not in page
 
 
-def test_score_takes_revision_and_code_of_the_policys_tokenizer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("verb", ["score", "validate"])
+def test_score_and_validate_take_revision_and_code_of_the_tokenizer(
+    verb: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from polyref.scoring import models
 
     load, sources = models.load_tokenizer, []
@@ -130,5 +133,9 @@ def test_score_takes_revision_and_code_of_the_policys_tokenizer(world: World, mo
         return load(source)
 
     monkeypatch.setattr(models, "load_tokenizer", loaded)
-    assert world.run(world.score(revision="v1", trust_remote_code="true")).code == 0
+    given = {"revision": "v1", "trust_remote_code": "true"}
+    words = world.score(**given) if verb == "score" else world.validate(**given)
+    assert world.run(words).code == 0
     assert (sources[0].revision, sources[0].trust_remote_code) == ("v1", True)
+    words = world.score(gguf_file="q8.gguf") if verb == "score" else world.validate(gguf_file="q8.gguf")
+    assert_refused(world, words, ["tiny: no file q8.gguf there"])

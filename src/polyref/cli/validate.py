@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from polyref.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -23,6 +26,9 @@ class ValidateSettings:
         columns: other column names, as in {prompt: question}.
         prompt_format: as_is, chat (strings become one user and one assistant turn), or transcript (Human/Assistant turns).
         model: hub id or folder whose tokenizer measures lengths in tokens; without it they are in characters.
+        gguf_file: a GGUF file inside model.
+        revision: revision of a hub model.
+        trust_remote_code: run code that comes with the model's tokenizer.
         max_length: with a model, also count the pairs that this many tokens would cut or drop.
         truncation_mode: which end of a sequence that is too long is kept.
         data_revision: revision of a hub data set.
@@ -34,6 +40,9 @@ class ValidateSettings:
     columns: dict[str, str] | None = None
     prompt_format: Literal["as_is", "chat", "transcript"] = "as_is"
     model: str | None = None
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
     max_length: int | None = None
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
     data_revision: str | None = None
@@ -52,18 +61,16 @@ def run(settings: Namespace) -> None:
     from polyref.cli.train import pick
     from polyref.data.validate import validate_preferences
     from polyref.data.validation_text import render_report
-    from polyref.scoring.models import ModelSource, load_tokenizer
 
     own = ValidateSettings(**pick(vars(settings), ValidateSettings))
     sources = _sources(settings.sources, own)
-    if own.max_length is not None and own.model is None:
-        raise ConfigError("max_length is in tokens, and no model says whose", fix="give --model, or leave max_length out")
+    tokenizer = _tokenizer(own)
     report = validate_preferences(
         sources[0] if len(sources) == 1 else _by_name(sources),
         splits=own.split.split(","),
         prompt_format=own.prompt_format,
         columns=own.columns,
-        tokenizer=load_tokenizer(ModelSource(own.model)) if own.model is not None else None,
+        tokenizer=tokenizer,
         max_length=own.max_length,
         truncation_mode=own.truncation_mode,
         revision=own.data_revision,
@@ -73,6 +80,21 @@ def run(settings: Namespace) -> None:
     if report.problems:
         what = f"{report.bad_rows} of {sum(report.rows.values())} rows cannot be used"
         raise DataError(what, where=", ".join(sources), fix="mend or remove the rows that the report names")
+
+
+def _tokenizer(own: ValidateSettings) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of `model`. ConfigError for settings that are about a model where there is none."""
+    from polyref.scoring.models import ModelSource, load_tokenizer
+
+    if own.model is not None:
+        source = ModelSource(own.model, own.gguf_file, revision=own.revision, trust_remote_code=own.trust_remote_code)
+        return load_tokenizer(source)
+    if own.max_length is not None:
+        raise ConfigError("max_length is in tokens, and no model says whose", fix="give --model, or leave max_length out")
+    for name in ("gguf_file", "revision", "trust_remote_code"):
+        if getattr(own, name):
+            raise ConfigError(f"{name} is of a model, and there is none", fix=f"give --model, or leave {name} out")
+    return None
 
 
 def _sources(words: Sequence[str], settings: ValidateSettings) -> list[str]:
