@@ -17,6 +17,8 @@ from polyref.scoring.models import (
     adapted,
     adapter_fingerprint,
     load_causal_lm,
+    load_config,
+    load_tokenizer,
     looks_like_path,
     module_fingerprint,
     weights_fingerprint,
@@ -145,6 +147,25 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, fil
     with pytest.raises(ModelError, match=said) as caught:
         load_causal_lm(ModelSource(str(tmp_path)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_a_hub_repository_that_holds_an_adapter_is_refused(
+    revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--owner--name", "0" * 40
+    snapshot = repository / "snapshots" / commit
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / (revision or "main")).write_text(commit)
+    tiny().save_pretrained(snapshot)
+    source = ModelSource("owner/name", revision=revision)
+    assert module_fingerprint(load_causal_lm(source)) == module_fingerprint(tiny())
+    (snapshot / "adapter_config.json").write_text("{}")
+    for refused in (load_causal_lm, load_config, load_tokenizer, weights_fingerprint):
+        with pytest.raises(ModelError, match="owner/name: this is an adapter, not a model; .* this hub id as `adapter:`"):
+            refused(source)
 
 
 def test_what_can_only_be_a_path_is_told_from_a_hub_id(tmp_path: Path) -> None:

@@ -263,23 +263,28 @@ def _options(source: ModelSource) -> dict[str, Any]:
 
 def _check_source(source: ModelSource) -> None:
     folder = source.folder
-    if folder is None:
-        if looks_like_path(source.model):
-            raise ModelError(
-                "no such folder", where=source.model, fix="give a hub id or a folder with config.json and safetensors"
-            )
-        return
+    if folder is None and looks_like_path(source.model):
+        raise ModelError("no such folder", where=source.model, fix="give a hub id or a folder with config.json and safetensors")
+    if folder is not None and source.gguf_file is not None and not (folder / source.gguf_file).is_file():
+        raise ModelError(f"no file {source.gguf_file} there", where=source.model, fix="name a GGUF file in that folder")
     if source.gguf_file is not None:
-        if not (folder / source.gguf_file).is_file():
-            raise ModelError(f"no file {source.gguf_file} there", where=source.model, fix="name a GGUF file in that folder")
         return
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            "this is an adapter, not a model", where=source.model, fix="name its base model, and this folder as `adapter:`"
-        )
+    if _holds_adapter(source):
+        fix = f"name its base model, and this {'folder' if folder else 'hub id'} as `adapter:`"
+        raise ModelError("this is an adapter, not a model", where=source.model, fix=fix)
+    if folder is None:
+        return
     if not (folder / "config.json").is_file():
         raise ModelError("no config.json there", where=source.model, fix="give a folder written by save_pretrained")
     _refuse_pickles(folder, source.model)
+
+
+def _holds_adapter(source: ModelSource) -> bool:
+    """Whether transformers would put an adapter on the model at `source`, or load the adapter's base instead of it."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    with _one_line(source, "model"):
+        return find_adapter_config_file(str(source.folder or source.model), revision=source.revision) is not None
 
 
 def _check_adapter(adapter: str) -> None:
