@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cli_world import World, assert_one_line, assert_refused, some_rows
-from fakes import saved_llama
+from fakes import byte_tokenizer, saved_llama
 from polyref.cli import train
 
 
@@ -83,6 +83,17 @@ def test_a_complete_run_whose_inputs_changed_is_refused(world: World, tiny_token
     shutil.copytree(model, reference, dirs_exist_ok=True)
     shutil.copytree(world.path / "other", model, dirs_exist_ok=True)
     assert_refused(world, words, [*fix, "changed since: weights of the policy;"])
+
+
+def test_the_tokenizers_of_references_are_among_the_inputs_of_a_run(world: World, tiny_tokenizer: Any) -> None:
+    reference = saved_llama(world.path / "reference", byte_tokenizer([("e", "s")]))
+    tokenizer = saved_llama(world.path / "words", byte_tokenizer([("e", "s")]))
+    members = [{"model": str(world.model)}, {"model": str(reference), "tokenizer": str(tokenizer)}]
+    words = world.train(references={"members": members})
+    assert world.run(words).code == 0 and world.run(words).code == 0
+    for other in (byte_tokenizer([("n", "o")]), tiny_tokenizer):
+        other.save_pretrained(tokenizer)
+        assert_refused(world, words, ["is complete", "changed since: tokenizer of reference 2;", "name a new run folder"])
 
 
 def test_a_token_is_refused_without_being_shown_or_kept(world: World) -> None:

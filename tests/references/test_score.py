@@ -202,7 +202,7 @@ def test_a_revision_is_that_of_the_repository_it_was_given_for(
         Reference(tiny_llama(tiny_tokenizer), tokenizer="owner/words", revision="v1"),
         Reference("owner/model", tokenizer="owner/words", revision="v1"),
     ):
-        score._own_tokenizer(reference)
+        score.own_tokenizer(reference)
     assert [(source.model, source.revision) for source in asked] == [
         ("owner/model", "v1"),
         *[("owner/words", "v1")] * 2,

@@ -167,9 +167,13 @@ def train(
 
 
 def _inputs(policy: PolicySettings, records: list[PreferenceRecord], held_out: list[PreferenceRecord]) -> dict[str, str]:
-    """What the run depends on beyond its configuration, by the words that a refusal uses for it."""
+    """What the run depends on beyond its configuration, by the words that a refusal uses for it.
+
+    A reference's tokenizer is there where it is not the policy's.
+    """
     from polyref.data.records import record_to_row
     from polyref.data.tokenize import tokenizer_fingerprint
+    from polyref.references.score import own_tokenizer
     from polyref.scoring.models import adapter_fingerprint, check_config, load_config, load_tokenizer, weights_fingerprint
     from polyref.stages import content_digest
 
@@ -184,6 +188,8 @@ def _inputs(policy: PolicySettings, records: list[PreferenceRecord], held_out: l
         check_config(load_config(member.source), member.label)
         adapter = adapter_fingerprint(str(member.adapter) if member.adapter else None)
         inputs[f"weights of reference {number}"] = weights_fingerprint(member.source) + adapter
+        if (tokenizer := tokenizer_fingerprint(own_tokenizer(member))) != inputs["tokenizer"]:
+            inputs[f"tokenizer of reference {number}"] = tokenizer
     return inputs
 
 

@@ -150,7 +150,7 @@ class _Meter:
 
 
 def _prepare(reference: Reference, data: TokenizedPreferences, policy_tokenizer: PreTrainedTokenizerBase) -> _Member:
-    own = _own_tokenizer(reference)
+    own = own_tokenizer(reference)
     tokenizer = own or policy_tokenizer
     items = tokenize_for_reference(data.records, data.pairs, policy_tokenizer, own, system_prompt=reference.system_prompt)
     config = _check_fit(reference, items, data)
@@ -182,7 +182,7 @@ def _dtype(reference: Reference) -> str:
     return "/".join([reference.scoring_dtype, *(str(dtype).removeprefix("torch.") for dtype in autocast)])
 
 
-def _own_tokenizer(reference: Reference) -> Any:
+def own_tokenizer(reference: Reference) -> Any:
     """The tokenizer the reference brings, or None where it has none of its own."""
     if reference.tokenizer is None:
         return None if reference.in_memory else load_tokenizer(reference.source)
