@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,36 @@ def saved_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int =
     tiny_llama(tokenizer, seed=seed, **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def saved_gguf(file: Path, tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM) -> Path:
+    """`model` and a `tokenizer` that has merges as llama.cpp keeps them: one file, its weights in float32."""
+    import gguf
+
+    config, vocabulary = model.config, tokenizer.get_vocab()
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
+    writer.add_token_merges([" ".join(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp rotates neighbours, transformers the two halves of a head
+            heads = tensor.view(config.num_attention_heads, 2, -1, tensor.shape[1])
+            tensor = heads.transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    return file
 
 
 def tiny_lora(**changes: Any) -> LoraConfig:

@@ -19,7 +19,17 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fakes import byte_tokenizer, counted_calls, pair_rows, saved_llama, saved_lora, tiny_llama, tiny_lora, word_tokenizer
+from fakes import (
+    byte_tokenizer,
+    counted_calls,
+    pair_rows,
+    saved_gguf,
+    saved_llama,
+    saved_lora,
+    tiny_llama,
+    tiny_lora,
+    word_tokenizer,
+)
 from polyref.data.records import parse_record
 from polyref.data.tokenize import TokenizedPreferences, tokenize_records
 from polyref.errors import ConfigError, DataError, InputError, ModelError, ReferenceSetError
@@ -27,6 +37,7 @@ from polyref.references import score
 from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.references.score import ReferenceScores, score_references
 from polyref.scoring.cache import LogProbCache
+from polyref.scoring.models import ModelSource, load_tokenizer
 
 SCORE_PROGRAM = """
     import os, sys, time
@@ -103,6 +114,29 @@ def test_k_references_give_one_column_each(model_folder: Path, tmp_path: Path, t
         assert scores.chosen[i, 2] == pytest.approx(plainly(base, prompt, pair.chosen_ids), rel=1e-4)
     assert (scores.hits, scores.misses, scores.hit_rate) == (0, 30, 0.0)
     assert len(scores.compatibility) == 3 and "be kind" in scores.compatibility[2]
+
+
+def test_a_gguf_file_scores_as_the_model_it_was_made_from(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer([("e", "s")])
+    model, folder, cache = tiny_llama(tokenizer), tmp_path / "model", tmp_path / "cache"
+    folder.mkdir()
+    file = saved_gguf(folder / "tiny.gguf", tokenizer, model)
+    kept = load_tokenizer(ModelSource(str(folder), file.name))
+    assert kept("yes").input_ids == tokenizer("yes", add_special_tokens=False).input_ids
+    data = tokens_of(3, tokenizer)
+    members = (
+        Reference(folder, tokenizer=tokenizer, gguf_file=file.name),
+        Reference(model, tokenizer=tokenizer),
+        Reference(folder, gguf_file=file.name),
+        Reference(model, tokenizer=kept),
+    )
+    scores = both(score_references(data, ReferenceSet(members), tokenizer, cache_dir=cache))
+    np.testing.assert_array_equal(scores[..., 0], scores[..., 1])
+    np.testing.assert_array_equal(scores[..., 2], scores[..., 3])
+    np.testing.assert_allclose(scores[..., 0], by_hand(model, data), rtol=1e-4)
+    saved_gguf(file, tokenizer, tiny_llama(tokenizer, seed=2))
+    changed = score_references(data, ReferenceSet(members[:1]), tokenizer, cache_dir=cache)
+    assert changed.hits == 0 and not np.isclose(changed.chosen[:, 0], scores[:, 0, 0]).any()
 
 
 def test_no_pairs_are_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
