@@ -1,4 +1,4 @@
-"""Two processes that share the batch train as one process that sees it whole."""
+"""Two processes that share the batch train and evaluate as one process that sees it whole."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ from polyref import PreferenceConfig, PreferenceTrainer
 model, output, batch = sys.argv[1:]
 rows = [{"prompt": "abcd", "chosen": " yes" + "!" * (i % 3), "rejected": " no" + "?" * (i % 2)} for i in range(16)]
 args = PreferenceConfig(
-    output_dir=output, per_device_train_batch_size=int(batch), max_steps=3, learning_rate=1e-2, logging_steps=1, use_cpu=True,
+    output_dir=output, per_device_train_batch_size=int(batch), per_device_eval_batch_size=int(batch), max_steps=3,
+    learning_rate=1e-2, logging_steps=1, use_cpu=True,
     save_strategy="no", report_to="none", disable_tqdm=True, cache_dir=output + "/cache", optim="sgd",
     ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
 )
-trainer = PreferenceTrainer(model, None, args, rows)
+trainer = PreferenceTrainer(model, None, args, rows, rows[:11])
 trainer.train()
+evaluated, predicted = trainer.evaluate(), trainer.predict(trainer.eval_dataset).metrics
 if trainer.is_world_process_zero():
     trainer.save_model(output + "/model")
-    json.dump([line for line in trainer.state.log_history if "loss" in line], open(output + "/log.json", "w"))
+    lines = [*(line for line in trainer.state.log_history if "loss" in line), evaluated, predicted]
+    json.dump(lines, open(output + "/log.json", "w"))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_two_processes_train_like_one(tmp_path: Path) -> None:
+def test_two_processes_train_and_evaluate_like_one(tmp_path: Path) -> None:
     model = saved_llama(tmp_path / "policy", byte_tokenizer())
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
@@ -49,6 +52,11 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     (one, one_log), (two, two_log) = outputs["one"], outputs["two"]
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
-    for line, other in zip(one_log, two_log, strict=True):
+    for line, other in zip(one_log[:3], two_log[:3], strict=True):
         assert other["rewards/margins"] == pytest.approx(line["rewards/margins"], abs=1e-5)
         assert other["logps/chosen"] == pytest.approx(line["logps/chosen"], abs=1e-3)
+    for line, other, prefix in zip(one_log[3:], two_log[3:], ("eval_", "test_"), strict=True):
+        assert {prefix + name for name in ("loss", "rewards/margins", "logps/chosen")} <= line.keys() == other.keys()
+        for name in line.keys() - {"epoch"}:
+            if not name.endswith(("_runtime", "_per_second")):
+                assert other[name] == pytest.approx(line[name], rel=1e-4, abs=1e-4), name

@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 """What a log line adds to the loss, each a mean over pairs: rewards in reward units, log-probabilities in nats."""
 
+MEANS = {"train": METRICS, "eval": (*METRICS, "loss")}
+"""What is averaged over pairs here. The training loss is not: transformers averages it over steps."""
+
 BATCH_FIELDS = ("input_ids", "position_ids", "segment_ids", "source_index", "target_ids", "completion_index")
 
 
@@ -96,7 +99,7 @@ class PreferenceTrainer(Trainer):
 
         self.reference_scores: dict[str, ReferenceScores] = {}
         self._reference_progress = reference_progress
-        self._sums = {"train": torch.zeros(len(METRICS) + 1), "eval": torch.zeros(len(METRICS) + 1)}
+        self._sums = {mode: torch.zeros(len(names) + 1) for mode, names in MEANS.items()}
         self._evaluated: Any = None
         self._start_check = _start_check(model, self.references)
         super().__init__(
@@ -178,7 +181,12 @@ class PreferenceTrainer(Trainer):
         loss = dr_dpo(losses, self.args.dr_beta) if self.args.dr_beta is not None else losses.mean()
         if not torch.isfinite(loss):
             self._stop_diverged(inputs["index"])
-        self._add("train" if self.model.training else "eval", [*rewards, h, preference_accuracy(h), *logps.unbind(1)])
+        metrics = [*rewards, h, preference_accuracy(h), *logps.unbind(1)]
+        if self.model.training:
+            self._add("train", torch.stack(metrics, 1))
+        else:
+            counted = loss.expand_as(losses) if self.args.dr_beta is not None else losses
+            self._add("eval", self.accelerator.gather_for_metrics(torch.stack([*metrics, counted], 1)))
         return (loss, {"implied_difference": h.detach()}) if return_outputs else loss
 
     def _implied(self, logps: Tensor, tokens: Tensor, anchor: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -205,18 +213,22 @@ class PreferenceTrainer(Trainer):
                 raise
             logger.warning("the reference names the policy's own model, but %s", error)
 
-    def _add(self, mode: str, values: list[Tensor]) -> None:
-        """Add METRICS (B,) of a batch, and their number, to what the next line averages."""
-        sums = torch.stack([value.detach().sum() for value in values]).cpu().double()
-        self._sums[mode] = self._sums[mode] + torch.cat([sums, sums.new_tensor([len(values[0])])])
+    def _add(self, mode: str, values: Tensor) -> None:
+        """Add the MEANS (B, M) of a batch, and the number of its pairs, to what the next line averages."""
+        sums = values.detach().sum(0).cpu().double()
+        self._sums[mode] = self._sums[mode] + torch.cat([sums, sums.new_tensor([len(values)])])
 
     def _means(self, mode: str) -> dict[str, float]:
-        """Means over all pairs of all processes since the last call."""
-        sums, self._sums[mode] = self._sums[mode], torch.zeros(len(METRICS) + 1)
-        if self.args.world_size > 1:
+        """Means over all pairs of all processes since the last call.
+
+        An evaluation counts each pair once. Training counts pairs as often as they are trained on: those that fill up the last
+        batch of an epoch, where processes share it, twice.
+        """
+        sums, self._sums[mode] = self._sums[mode], torch.zeros(len(MEANS[mode]) + 1)
+        if self.args.world_size > 1 and mode == "train":  # an evaluation has gathered its pairs already
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
         *totals, count = sums.tolist()
-        return {name: total / count for name, total in zip(METRICS, totals, strict=True)} if count else {}
+        return {name: total / count for name, total in zip(MEANS[mode], totals, strict=True)} if count else {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training means to a line about training; lines about evaluation carry theirs already.
@@ -238,7 +250,7 @@ class PreferenceTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As Trainer's, with the preference metrics among the returned ones, so that `metric_for_best_model` can name them."""
-        self._evaluated, self._sums["eval"] = dataloader.dataset, torch.zeros(len(METRICS) + 1)
+        self._evaluated, self._sums["eval"] = dataloader.dataset, torch.zeros(len(MEANS["eval"]) + 1)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = {f"{metric_key_prefix}_{name}": value for name, value in self._means("eval").items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
