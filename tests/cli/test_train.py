@@ -13,6 +13,7 @@ import torch
 from cli_world import World, assert_one_line, assert_refused, some_rows
 from fakes import byte_tokenizer, saved_llama
 from polyref.cli import train
+from polyref.training.preference_trainer import PreferenceTrainer
 
 
 def outputs(run: Path) -> dict[str, bytes]:
@@ -46,6 +47,35 @@ def test_a_kill_after_the_last_checkpoint_trains_no_step_more(
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", lambda *args, **kwargs: pytest.fail("a step too many"))
         assert world.run(words).code == 0
+    assert outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")
+
+
+@pytest.mark.parametrize("strategy", ["logging_strategy", "eval_strategy"])
+@pytest.mark.parametrize(
+    ("settings", "checkpoints", "ends"),
+    [({"max_steps": 8, "save_steps": 4}, 2, [4, 8]), ({"max_steps": 7, "save_steps": 3}, 3, [4, 7])],
+)
+def test_a_kill_after_any_checkpoint_loses_no_line_of_an_epoch(
+    strategy: str,
+    settings: dict[str, Any],
+    checkpoints: int,
+    ends: list[int],
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = settings | {strategy: "epoch"}  # of four steps
+    assert world.run(inside_an_epoch(world, "unbroken", **settings)).code == 0
+    lines = (world.path / "unbroken" / "run" / "metrics.jsonl").read_text().splitlines()
+    wanted = "eval_loss" if strategy == "eval_strategy" else "loss"
+    assert set(ends) <= {line["step"] for line in map(json.loads, lines) if wanted in line}
+    words, save = inside_an_epoch(world, "broken", **settings), PreferenceTrainer._save_checkpoint
+
+    def stop(self: Any, *args: Any) -> None:
+        save(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreferenceTrainer, "_save_checkpoint", stop)
+    assert [world.run(words).code for _ in range(checkpoints + 1)] == [1] * checkpoints + [0]
     assert outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")
 
 

@@ -64,7 +64,7 @@ def test_rounding_of_the_dtype_is_no_difference(dtype: torch.dtype, gap: float) 
 
 def test_a_line_is_logged_before_every_checkpoint_evaluation_and_end() -> None:
     guard, state = WholeWindows(), TrainerState()
-    on, off = SimpleNamespace(logging_strategy="steps"), SimpleNamespace(logging_strategy="no")
+    on, off = (SimpleNamespace(logging_strategy=strategy, eval_strategy="no") for strategy in ("steps", "no"))
     for reason in ("should_save", "should_evaluate", "should_training_stop"):
         assert guard.on_step_end(on, state, TrainerControl(**{reason: True})).should_log  # type: ignore[arg-type]
         assert guard.on_epoch_end(on, state, TrainerControl(**{reason: True})).should_log  # type: ignore[arg-type]

@@ -325,7 +325,8 @@ def _metrics_writer(folder: RunFolder) -> Any:
 
     class Writer(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-            timeless = {k: v for k, v in (logs or {}).items() if not k.endswith(("_runtime", "_per_second"))}
+            times = ("_runtime", "_preparation_time", "_per_second")
+            timeless = {k: v for k, v in (logs or {}).items() if not k.endswith(times)}
             if not any("loss" in line for line in state.log_history):
                 timeless.pop("train_loss", None)  # a mean over the steps since the last resume alone
             folder.append_metrics({"step": state.global_step} | timeless)

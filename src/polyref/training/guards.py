@@ -74,18 +74,44 @@ class FallingChosenWarning(TrainerCallback):
 class WholeWindows(TrainerCallback):
     """Logs before every evaluation and checkpoint and at the end of training, where logging is on at all.
 
-    The means of a log line are then never cut in two by a kill: a resumed run logs the lines of an unbroken one.
+    The means of a log line are then never cut in two by a kill: a resumed run logs the lines of an unbroken one. A checkpoint
+    at the end of an epoch waits for that epoch's evaluation, which a run resumed from it would not do any more.
     """
+
+    def __init__(self) -> None:
+        self._evaluated: int | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """No step of this training is evaluated yet."""
+        self._evaluated = None
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After an evaluation."""
+        self._evaluated = state.global_step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """After an optimiser step."""
+        epoch = state.epoch or 0.0
+        last_of_epoch = epoch.is_integer() or control.should_training_stop
+        if control.should_save and last_of_epoch and args.eval_strategy == "epoch" and args.eval_delay <= epoch:
+            control.should_evaluate = True
+        return self._log_first(args, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """After the last step of an epoch, whose evaluation may have been done already."""
+        if self._evaluated == state.global_step:
+            control.should_evaluate = False
+        return self._log_first(args, control)
+
+    @staticmethod
+    def _log_first(args: TrainingArguments, control: TrainerControl) -> TrainerControl:
         if args.logging_strategy != "no" and (control.should_save or control.should_evaluate or control.should_training_stop):
             control.should_log = True
         return control
-
-    on_epoch_end = on_step_end
 
 
 def mean_loss(log_history: Sequence[Mapping[str, Any]], *, otherwise: float) -> float:
