@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,11 @@ from polyref.errors import ConfigError
 from polyref.theory import bounds
 from polyref.theory.bandit import FiniteBandit, random_bandit
 from polyref.theory.coverage import density_coverage
-from polyref.theory.solutions import forward_optimum, solve_forward_kl, solve_reverse_kl
+from polyref.theory.estimators import fit_linear
+from polyref.theory.gshf import offline_policy_level
+from polyref.theory.preferences import bradley_terry, pair_law
+from polyref.theory.sampling import draw_wins
+from polyref.theory.solutions import forward_optimum, reverse_optimum, solve_forward_kl, solve_reverse_kl
 from polyref.theory.values import forward_gap, reverse_gap
 
 
@@ -125,3 +130,29 @@ def test_pairs_needed_is_the_least_number() -> None:
         assert 7 / needed <= target and (needed == 1 or 7 / (needed - 1) > target)
     with pytest.raises(ConfigError, match="more than 10\\^18 pairs"):
         bounds.pairs_needed(lambda n: 1.0, 0.5)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_linear_classes_and_pessimism_stay_below_their_bounds(seed: int) -> None:
+    dimension, reach, beta, runs, delta = 3, 1.0, 0.5, 200, 0.1
+    generator = torch.Generator().manual_seed(seed)
+    bandit = random_bandit(
+        generator, contexts=3, actions=5, references=2, beta=beta, features=dimension, reward_range=reach / 2, coverage=0.05
+    )
+    features, anchor = bandit.features, bandit.geometric
+    assert features is not None
+    law = pair_law(bandit.contexts, anchor, distinct=False)
+    difference = features[:, :, None] - features[:, None, :]
+    sigma = torch.einsum("xij,xijd,xije->de", law, difference, difference)
+    coverage = float(density_coverage(reverse_optimum(bandit), anchor))
+    for pairs in (100, 1600):
+        wins = draw_wins(law, bradley_terry(bandit.rewards), pairs, runs, generator)
+        theta = fit_linear(wins, features, radius=reach / 2)
+        error = bounds.linear_error(pairs, dimension, delta, reach)
+        off = theta - bandit.theta
+        squares = torch.einsum("rd,de,re->r", off, sigma, off)
+        assert 0 < float(squares.quantile(1 - delta)) <= error
+        batch = replace(bandit, logps=bandit.logps.expand(runs, *bandit.logps.shape))
+        careful = offline_policy_level(theta, pairs * sigma, batch, scale=math.sqrt(pairs * error))
+        gaps = reverse_gap(careful, bandit)
+        assert 0 < float(gaps.quantile(1 - delta)) <= bounds.transfer_bound(error, coverage)

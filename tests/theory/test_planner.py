@@ -24,11 +24,11 @@ from polyref.theory.planner import (
 )
 from polyref.theory.results import ExperimentResult, Measured, Table
 
+SETTINGS = {"replicates": 9, "seed": 1, "pairs": [1000, 2000], "reward_range": 2.0}
+
 
 def constants(*measured: Measured, name: str = "reverse-gap") -> dict[str, Any]:
-    result = ExperimentResult(
-        name, "t", "q", "c", "f", "agrees", (), Table((), ()), settings={"replicates": 9, "seed": 1}, measured=measured
-    )
+    result = ExperimentResult(name, "t", "q", "c", "f", "agrees", (), Table((), ()), settings=SETTINGS, measured=measured)
     return load_constants(json.dumps(constants_of([result], command="polyref lab", version="0")))
 
 
@@ -62,7 +62,10 @@ def test_the_measured_constant_is_used_as_it_was_measured() -> None:
     plan = Plan(gap=0.01, beta=0.1, d=10, coverage=4.0, confidence=0.9)
     at = answers(plan, known)[-1]
     assert (at.kind, at.pairs, at.low, at.high) == ("measured", 20_000, 16_000, 24_000)
-    assert "90% of the runs of reverse-gap (9 replicates, seed 1" in at.why and "0.5 [0.4, 0.6]" in at.why
+    assert "90% of the runs of reverse-gap (9 replicates, reward range 2, seed 1)" in at.why and "0.5 [0.4, 0.6]" in at.why
+    assert "fewer pairs" not in at.why and "wider" not in at.why
+    easy = answers(Plan(gap=1.0, beta=0.1, d=10, coverage=4.0, confidence=0.9, reward_range=3.0), known)[-1]
+    assert easy.pairs == 200 and "fewer pairs than the lab's least, 1,000" in easy.why and "wider reward range" in easy.why
     above = answers(Plan(gap=0.01, beta=0.1, d=10, coverage=4.0, confidence=0.95), known)[-1]
     assert above.pairs == 80_000
     beyond = answers(Plan(gap=0.01, beta=0.1, d=10, coverage=4.0, confidence=0.999), known)[-1]

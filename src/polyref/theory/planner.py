@@ -32,7 +32,7 @@ SOURCES: Mapping[str, str] = {"reverse": "reverse-gap", "forward": "forward-gap"
 """The experiment that measures the constant of each direction."""
 
 CONFIDENCES = (0.5, 0.9, 0.95, 0.99)
-BY_CLASS = "log |class| stands in for the dimension, which is an extrapolation: the lab measures linear and tabular rewards"
+BY_CLASS = "log |class| stands in for the dimension, an extrapolation: the lab measures tables of rewards"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +186,28 @@ def _measured(plan: Plan, constants: Mapping[str, Any]) -> Answer:
     used = enough[0]
     size = plan.d if plan.d is not None else math.log(plan.class_size or 0)
     needed = [max(1, math.ceil(m * size * plan.mixture / (plan.beta * plan.gap))) for m in (used.value, used.low, used.high)]
-    settings = entry["settings"]
     why = (
         f"m = {used.value:.3g} [{used.low:.3g}, {used.high:.3g}] held for {used.confidence:.0%} of the runs of {source} "
-        f"({settings.get('replicates', '?')} replicates, seed {settings.get('seed', '?')}, as asymptotics: n beyond the knee)"
+        f"({_lab_problems(entry['settings'])})"
     )
-    if plan.d is None:
-        why += f"; {BY_CLASS}"
+    why += "".join(f"; {warning}" for warning in _warnings(plan, entry["settings"], needed[0]))
     return Answer("measured, 1/n", "measured", needed[0], why, needed[1], needed[2])
+
+
+def _lab_problems(settings: Mapping[str, Any]) -> str:
+    """What the constant was measured on."""
+    known = {"replicates": "replicates", "contexts": "contexts", "actions": "actions", "references": "references"}
+    sizes = [f"{settings[key]} {word}" for key, word in known.items() if key in settings]
+    levels = [f"{key.replace('_', ' ')} {settings[key]:g}" for key in ("reward_range", "beta", "seed") if key in settings]
+    return ", ".join([*sizes, *levels])
+
+
+def _warnings(plan: Plan, settings: Mapping[str, Any], pairs: int) -> list[str]:
+    """Where the plan leaves what the lab measured."""
+    least, widest = min(settings.get("pairs", [0])), settings.get("reward_range", math.inf)
+    told = {
+        BY_CLASS: plan.d is None,
+        f"fewer pairs than the lab's least, {least:,}, where gaps fall otherwise": pairs < least,
+        f"a wider reward range than the lab's {widest:g} needs more": plan.reward_range > widest,
+    }
+    return [words for words, holds in told.items() if holds]
