@@ -37,8 +37,8 @@ class _Problems(NamedTuple):
     scale: Tensor  # size of f (P,), for what rounding may do to it
 
     def keep(self, kept: Tensor) -> _Problems:
-        design = self.design if self.design.dim() == 2 else self.design[..., kept]
-        return _Problems(self.counts[:, kept], design, self.linear[:, kept], self.scale[kept])
+        design = self.design if self.design.dim() == 2 else _pick(self.design, kept)
+        return _Problems(_pick(self.counts, kept), design, _pick(self.linear, kept), self.scale[kept])
 
 
 def minimise(
@@ -51,7 +51,8 @@ def minimise(
     holds. PolyrefError where some do neither within MAX_STEPS. Arguments are checked by the callers.
     """
     size = counts.shape[1]
-    block = max(64, _BLOCK_ELEMENTS // max(design.shape[1] ** 2, design.shape[0]))
+    most = max(64, _BLOCK_ELEMENTS // max(design.shape[1] ** 2, design.shape[0]))
+    block = math.ceil(size / math.ceil(size / most))
     solved = torch.empty_like(linear)
     for start in range(0, size, block):
         part = slice(start, min(start + block, size))
@@ -67,31 +68,32 @@ def _minimise_block(problems: _Problems, radius: float, ridge: float, tolerance:
     left = torch.arange(solved.shape[1])
     u, multiplier = torch.zeros_like(solved), torch.zeros_like(solved[0])
     margins = torch.zeros_like(problems.counts)
+    value = _value(problems, u, margins, ridge)
     for _ in range(MAX_STEPS):
         gradient, hessian = _derivatives(problems, u, margins, ridge)
         target, multiplier, exact = _ball_step(hessian, u, gradient, radius, multiplier)
         move = target - u
-        length = move.norm(dim=0)
+        length = _norm(move)
         settled = _residual(u, gradient, radius) <= _ROUNDING * problems.scale
-        u, margins, full = _search(problems, u, margins, move, (gradient * move).sum(0), ridge)
-        ended = full & exact & (settled | (length <= 1e-2 * math.sqrt(tolerance) * (1 + u.norm(dim=0))))
+        u, margins, value, full = _search(problems, u, margins, value, move, (gradient * move).sum(0), ridge)
+        ended = full & exact & (settled | (length <= 1e-2 * math.sqrt(tolerance) * (1 + _norm(u))))
         if ended.any():
             solved[:, left[ended]] = u[:, ended]
             kept = (~ended).nonzero().squeeze(1)
             if not len(kept):
                 return solved
             left, problems = left[kept], problems.keep(kept)
-            u, margins, multiplier = u[:, kept], margins[:, kept], multiplier[kept]
+            u, margins, value, multiplier = _pick(u, kept), _pick(margins, kept), value[kept], multiplier[kept]
     raise PolyrefError(f"{len(left)} of {solved.shape[1]} ball-constrained fits did not converge in {MAX_STEPS} steps")
 
 
 def _residual(u: Tensor, gradient: Tensor, radius: float) -> Tensor:
     """|gradient| (P,), less its part along -u, which the sphere takes up where u is on it."""
     if radius == math.inf:
-        return gradient.norm(dim=0)
-    on_sphere = u.norm(dim=0) >= radius * (1 - 1e-9)
+        return _norm(gradient)
+    on_sphere = _norm(u) >= radius * (1 - 1e-9)
     pressure = (-(gradient * u).sum(0) / radius**2).clamp(min=0.0)
-    return (gradient + torch.where(on_sphere, pressure, 0.0) * u).norm(dim=0)
+    return _norm(gradient + torch.where(on_sphere, pressure, 0.0) * u)
 
 
 def _value(problems: _Problems, u: Tensor, margins: Tensor, ridge: float) -> Tensor:
@@ -109,7 +111,11 @@ def _derivatives(problems: _Problems, u: Tensor, margins: Tensor, ridge: float) 
     design, d = problems.design, problems.linear.shape[0]
     if design.dim() == 2:
         gradient = design.T @ slope
-        hessian = ((design[:, :, None] * design[:, None, :]).flatten(1).T @ curvature).view(d, d, -1)
+        first, second = torch.triu_indices(d, d)
+        upper = (design[:, first] * design[:, second]).T @ curvature
+        place = torch.empty(d, d, dtype=torch.long)
+        place[first, second] = place[second, first] = torch.arange(len(first))
+        hessian = upper.index_select(0, place.flatten()).view(d, d, -1)
     else:
         gradient = (design * slope[:, None]).sum(0)
         rows = design.permute(2, 1, 0)
@@ -138,7 +144,7 @@ def _ball_step(
     open_, m = torch.arange(u.shape[1]), multiplier
     for _ in range(4):
         step, whitened = _solve(hessian, right, m)
-        norm = step.norm(dim=0)
+        norm = _norm(step)
         inside = (m == 0) & (norm <= radius)
         touching = (norm - radius).abs() <= 1e-11 * radius
         scale = torch.where(inside, 1.0, radius / norm)
@@ -146,9 +152,9 @@ def _ball_step(
         open_again = (~(inside | touching)).nonzero().squeeze(1)
         if not len(open_again):
             break
-        rise = (norm / radius - 1) * norm**2 / (whitened**2).sum(0)
+        rise = (norm / radius - 1) * (norm * norm) / (whitened * whitened).sum(0)
         m = (m + rise).clamp(min=0.0)[open_again]
-        open_, hessian, right = open_[open_again], hessian[..., open_again], right[:, open_again]
+        open_, hessian, right = open_[open_again], _pick(hessian, open_again), _pick(right, open_again)
         found[open_] = m
     return result, found, exact
 
@@ -177,17 +183,25 @@ def _solve(hessian: Tensor, right: Tensor, multiplier: Tensor) -> tuple[Tensor, 
 
 
 def _search(
-    problems: _Problems, u: Tensor, margins: Tensor, move: Tensor, slope: Tensor, ridge: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """u + t move and its margins, t the first of 1, 1/2, 1/4... to bring enough descent; and where t is 1."""
-    before = _value(problems, u, margins, ridge)
+    problems: _Problems, u: Tensor, margins: Tensor, value: Tensor, move: Tensor, slope: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u + t move, its margins and its value, t the first of 1, 1/2, 1/4... to bring enough descent; and where t is 1."""
     change = _margins(problems.design, move)
     step = torch.ones_like(slope)
     for _ in range(60):
         trial, trial_margins = u + step * move, margins + step * change
         after = _value(problems, trial, trial_margins, ridge)
-        enough = after <= before + 1e-4 * step * slope + _SLACK * problems.scale
+        enough = after <= value + 1e-4 * step * slope + _SLACK * problems.scale
         if enough.all():
             break
         step = torch.where(enough, step, step / 2)
-    return trial, trial_margins, step == 1
+    return trial, trial_margins, after, step == 1
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    """|.| over the first axis; several times faster there than torch's norm."""
+    return (vectors * vectors).sum(0).sqrt_()
+
+
+def _pick(values: Tensor, kept: Tensor) -> Tensor:
+    return values.index_select(-1, kept)
