@@ -1,4 +1,4 @@
-"""Variance reduction and doubly robust win rates: measured shares agree with the exact prediction, which the runs do not enter."""
+"""Variance reduction and doubly robust win rates: measured shares agree with the exact prediction, which no run enters."""
 
 from __future__ import annotations
 
