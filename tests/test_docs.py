@@ -165,3 +165,10 @@ def test_every_verb_and_setting_is_documented() -> None:
         rows = first_column(read("docs/data.md") if group is validate.ValidateSettings else page)
         missing = {field.name for field in dataclasses.fields(group)} - rows.keys()
         assert not missing, f"{group.__name__}: {missing}"
+
+
+def test_every_experiment_is_documented() -> None:
+    from polyref.theory.experiments import EXPERIMENTS
+
+    rows = first_column(read("docs/lab.md"))
+    assert list(EXPERIMENTS) == list(rows)
