@@ -146,12 +146,11 @@ def _md(text: str) -> str:
 
 
 def _inline(svg: bytes) -> str:
-    """The `<svg>` element, sized by the page, without the sequence numbers that other figures of the page have too."""
-    element = svg.decode()
-    element = re.sub(r'^(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", _from_svg(element))
-    element = re.sub(r'^(<svg[^>]*?) height="[^"]*"', r"\1", re.sub(r'^(<svg[^>]*?) width="[^"]*"', r"\1", element))
-    return re.sub(r"<metadata>.*?</metadata>", "", re.sub(r' id="[a-z]+[\d_.]*_\d+"', "", element), flags=re.DOTALL)
-
-
-def _from_svg(document: str) -> str:
-    return document[document.index("<svg") :].strip()
+    """The `<svg>` element, sized by the page and dark on white also at night, without the numbers that other figures have too."""
+    document = svg.decode()
+    element = document[document.index("<svg") :].strip()
+    for size in ("width", "height"):
+        element = re.sub(rf'^(<svg[^>]*?) {size}="[^"]*"', r"\1", element)
+    element = element.replace("<svg", '<svg style="--ink: #222222"', 1)
+    element = re.sub(r' id="[a-z]+[\d_.]*_\d+"', "", element)
+    return re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)

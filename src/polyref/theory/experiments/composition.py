@@ -134,4 +134,4 @@ def _finding(found: dict[tuple[str, float], Estimates]) -> tuple[Agreement, str]
     return ("agrees" if alike and apart else "misses the claim"), finding
 
 
-EXPERIMENT = Experiment("composition", TITLE, run, default_replicates=400, seconds=6.0)
+EXPERIMENT = Experiment("composition", TITLE, run, default_replicates=400, seconds=4.0)

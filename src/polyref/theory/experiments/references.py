@@ -221,4 +221,4 @@ def _signed(one: Estimate) -> str:
     return f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
 
 
-EXPERIMENT = Experiment("references", TITLE, run, default_replicates=200, seconds=20.0)
+EXPERIMENT = Experiment("references", TITLE, run, default_replicates=200, seconds=8.0)
