@@ -26,6 +26,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from polyref.theory.bandit import FiniteBandit, random_bandit, with_coverage
     from polyref.theory.coverage import chi_square_coverage, density_coverage, feature_coverage
+    from polyref.theory.direct_fits import fit_doubly_robust, fit_policy, fit_variance_reduced
+    from polyref.theory.estimators import fit_linear, fit_tabular
+    from polyref.theory.experiments import EXPERIMENTS
+    from polyref.theory.preferences import MISSPECIFICATIONS, bradley_terry, pair_law
+    from polyref.theory.replicates import map_replicates
+    from polyref.theory.sampling import draw_pairs, draw_wins
     from polyref.theory.solutions import ForwardSolution, forward_optimum, reverse_optimum, solve_forward_kl, solve_reverse_kl
     from polyref.theory.toy_language import ToyLanguageBandit, random_toy_language, total_variation
     from polyref.theory.values import (
@@ -47,6 +53,18 @@ _HOMES = {
     "chi_square_coverage": "polyref.theory.coverage",
     "density_coverage": "polyref.theory.coverage",
     "feature_coverage": "polyref.theory.coverage",
+    "fit_doubly_robust": "polyref.theory.direct_fits",
+    "fit_policy": "polyref.theory.direct_fits",
+    "fit_variance_reduced": "polyref.theory.direct_fits",
+    "fit_linear": "polyref.theory.estimators",
+    "fit_tabular": "polyref.theory.estimators",
+    "EXPERIMENTS": "polyref.theory.experiments",
+    "MISSPECIFICATIONS": "polyref.theory.preferences",
+    "bradley_terry": "polyref.theory.preferences",
+    "pair_law": "polyref.theory.preferences",
+    "map_replicates": "polyref.theory.replicates",
+    "draw_pairs": "polyref.theory.sampling",
+    "draw_wins": "polyref.theory.sampling",
     "ForwardSolution": "polyref.theory.solutions",
     "forward_optimum": "polyref.theory.solutions",
     "reverse_optimum": "polyref.theory.solutions",
@@ -67,18 +85,30 @@ _HOMES = {
 }
 
 __all__ = [
+    "EXPERIMENTS",
+    "MISSPECIFICATIONS",
     "FiniteBandit",
     "ForwardSolution",
     "ToyLanguageBandit",
+    "bradley_terry",
     "chi_square_coverage",
     "density_coverage",
+    "draw_pairs",
+    "draw_wins",
     "feature_coverage",
+    "fit_doubly_robust",
+    "fit_linear",
+    "fit_policy",
+    "fit_tabular",
+    "fit_variance_reduced",
     "forward_gap",
     "forward_objective",
     "forward_optimum",
     "kl",
     "kl_decomposition",
+    "map_replicates",
     "mean_reward",
+    "pair_law",
     "random_bandit",
     "random_toy_language",
     "reverse_gap",
