@@ -54,8 +54,8 @@ def as_markdown(results: Sequence[ExperimentResult], seconds: Mapping[str, float
             f"## {result.title} {{ #{result.name} }}\n",
             f"*{_md(result.question)}*\n",
             f"```bash\n{command(result)}\n```\n",
-            f"**Claimed.** {_md(result.claim)}\n",
-            f"**Measured ({result.agreement}).** {_md(result.finding)}\n",
+            f"**The claim.** {_md(result.claim)}\n",
+            f"**The finding ({result.agreement}).** {_md(result.finding)}\n",
             f"![{_md(result.title)}]({result.name}.svg)\n",
         ]
         if result.slopes:
@@ -73,9 +73,9 @@ def write_lab_page(
     overview = page.Table(("experiment", "verdict", "finding", "time"), rows)
     sections = [page.Section("All at a glance", tables=(overview,))]
     for result in results:
-        tables = [page.Table(SLOPE_COLUMNS, _slopes(result), "Slopes of log against log, with 95% bootstrap intervals.")]
-        tables = (tables if result.slopes else []) + [page.Table(result.table.columns, result.table.rows)]
-        words = (result.question, f"Claimed: {result.claim}", f"Measured ({result.agreement}): {result.finding}")
+        slopes = _table(SLOPE_COLUMNS, _slopes(result), "Slopes of log against log, with 95% bootstrap intervals.")
+        tables = [slopes] * bool(result.slopes) + [_table(result.table.columns, result.table.rows)]
+        words = (result.question, f"The claim: {result.claim}", f"The finding ({result.agreement}): {result.finding}")
         figure = figures.Figure(result.title, _inline(svgs[result.name]), f"Made by: {command(result)}")
         sections.append(page.Section(result.title, (*words, *result.notes), (figure,), tables))
     opening = [
@@ -117,6 +117,11 @@ def _slopes(result: ExperimentResult) -> list[list[Cell]]:
     return [row(fit) for fit in result.slopes]
 
 
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "") -> page.Table:
+    """Numbers to three significant digits, as everywhere in the lab; the page's own would show fewer of small ones."""
+    return page.Table(columns, [[shown(cell) for cell in row] for row in rows], caption)
+
+
 def _three(cell: Cell) -> list[Cell]:
     return list(cell) if isinstance(cell, Estimate) else [cell, None, None]
 
@@ -146,7 +151,7 @@ def _md(text: str) -> str:
 
 
 def _inline(svg: bytes) -> str:
-    """The `<svg>` element, sized by the page and dark on white also at night, without the numbers that other figures have too."""
+    """The `<svg>` element, sized by the page, dark on white also at night, without the ids that other figures have too."""
     document = svg.decode()
     element = document[document.index("<svg") :].strip()
     for size in ("width", "height"):
