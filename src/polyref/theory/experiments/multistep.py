@@ -1,0 +1,218 @@
+"""How many proposals does a ladder of small tilts save over one large one, and what do fit errors do to it? [IT], [RSO]."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from polyref.theory.bandit import FiniteBandit
+from polyref.theory.experiments import Experiment, Progress, _linear
+from polyref.theory.multistep import enumerate_steps, fit_pairs, least_acceptance, simulate_steps
+from polyref.theory.regression import SlopeFit, fit_slope
+from polyref.theory.replicates import map_replicates
+from polyref.theory.results import Curve, Estimate, ExperimentResult, Guide, Panel, Table
+from polyref.theory.solutions import reverse_optimum
+from polyref.theory.values import kl
+
+TITLE = "Multi-step rejection sampling: acceptance and total proposals against the number of steps"
+STEPS: Final = (1, 2, 4, 8, 16, 32)
+ACTIONS, BETA, ERROR, PROPOSALS, PAIRS = 40, 0.05, 0.2, 400, 4_000
+RARITY: Final = {"rare": 18.0, "common": 3.0}
+"""Nats by which the anchor prefers the worst completion to the best one."""
+RANGE_OVER_BETA: Final = 1 / BETA
+
+
+class Measured(NamedTuple):
+    """Values (P, R) over STEPS for one kind of problem."""
+
+    proposals: Tensor
+    simulated: Tensor
+    least: Tensor
+
+
+def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
+    """Proposals, acceptance, and the error of the law returned, over the number of steps."""
+    drawn = map_replicates(_chunk, replicates, seed, chunk=25, progress=progress)
+    kinds = {kind: Measured(*(drawn[f"{kind}/{name}"].T for name in Measured._fields)) for kind in RARITY}
+    errors = {name: drawn[name].T for name in _ERRORS}
+    worst = [N * torch.tensor(RANGE_OVER_BETA / N).exp().item() for N in STEPS]
+    floor = [1 / (bound / steps) for bound, steps in zip(worst, STEPS, strict=True)]
+    held = all(bool((one.least >= drawn["floor"].T - 1e-12).all()) for one in kinds.values())
+    best = {kind: STEPS[int(one.proposals.mean(-1).argmin())] for kind, one in kinds.items()}
+    saved = {kind: _linear.ratio_cell(one.proposals[0], one.proposals[STEPS.index(best[kind])]) for kind, one in kinds.items()}
+    counted = {kind: _countable(one) for kind, one in kinds.items()}
+    checks = {
+        (kind, n): _linear.ratio_cell(one.simulated[n], one.proposals[n]) for kind, one in kinds.items() for n in counted[kind]
+    }
+    slopes = tuple(
+        fit_slope(STEPS[1:], errors[name][1:], name=f"KL of the law returned, {name}", claimed=None)
+        for name in ("anchored", "imitated")
+    )
+    rows = tuple(
+        (
+            kind,
+            steps,
+            _linear.mean_cell(one.proposals[n]),
+            checks.get((kind, n)),
+            _linear.mean_cell(one.least[n]),
+            floor[n],
+            worst[n],
+        )
+        for kind, one in kinds.items()
+        for n, steps in enumerate(STEPS)
+    )
+    return ExperimentResult(
+        name="multistep",
+        title=TITLE,
+        question="Is it cheaper to sample the optimum by many small tilts than by one large one?",
+        claim="N steps accept at least exp(-R/(N beta)) of the proposals in each step, plain rejection exp(-R/beta) [IT].",
+        finding=(
+            f"Claimed: acceptance of at least exp(-R/(N beta)) a step, so about N exp(R/(N beta)) proposals in all, here with "
+            f"R/beta = {RANGE_OVER_BETA:.0f}. Measured: the floor {'holds in every step' if held else 'is broken'}; where good "
+            f"completions are rare, one step needs {_factor(saved['rare'])} times the proposals of {best['rare']} (the best "
+            f"number tried), where they are common {_factor(saved['common'])} times those of {best['common']}; simulation "
+            f"agrees with enumeration within the intervals in {sum(map(_holds_one, checks.values()))} of {len(checks)} cases. "
+            "With fit errors the law returned is off by a KL that changes with the number of steps at slope "
+            f"{_slope(slopes[0])} when fits are anchored, {_slope(slopes[1])} when each imitates the last."
+        ),
+        agreement="agrees" if held else "misses the claim",
+        panels=(
+            Panel(
+                "Total proposals for one accepted completion a step",
+                "steps N",
+                "proposals",
+                (
+                    *(_linear.curve(f"{kind}, exact", STEPS, one.proposals) for kind, one in kinds.items()),
+                    *(
+                        _linear.curve(f"{kind}, simulated", [STEPS[n] for n in counted[kind]], one.simulated[counted[kind]])
+                        for kind, one in kinds.items()
+                    ),
+                    Curve("worst case", STEPS, worst),
+                ),
+            ),
+            Panel(
+                "Smallest acceptance of any step and prompt",
+                "steps N",
+                "acceptance",
+                (
+                    *(_linear.curve(kind, STEPS, one.least) for kind, one in kinds.items()),
+                    Curve("claimed floor", STEPS, floor),
+                ),
+            ),
+            Panel(
+                f"Law returned, fit errors of {ERROR:g} nats",
+                "steps N",
+                "KL to the optimum",
+                tuple(_linear.curve(name, STEPS[1:], errors[name][1:]) for name in ("anchored", "imitated", "pairs")),
+                (Guide(1.0, "errors that add up"),),
+            ),
+        ),
+        table=Table(
+            ("good completions", "steps", "proposals", "simulated / exact", "least acceptance", "claimed floor", "worst case"),
+            rows,
+        ),
+        slopes=slopes,
+        settings={
+            "replicates": replicates,
+            "seed": seed,
+            "steps": list(STEPS),
+            "actions": ACTIONS,
+            "beta": BETA,
+            "error": ERROR,
+            "proposals": PROPOSALS,
+            "pairs": PAIRS,
+        },
+        notes=(
+            f"Every replicate is a problem of 2 contexts and {ACTIONS} completions, rewards from 0 to 1 with uniform noise, "
+            f"the anchor exponentially against them: by {RARITY['rare']:g} nats over the range (rare), or by "
+            f"{RARITY['common']:g} (common), with normal noise; r_max known.",
+            f"Simulated: {PROPOSALS} proposals a step and context, shown where each step should accept 10 of them or more.",
+            "One step never needs more than 1/G_a(best) proposals, however large R/beta: a ladder pays for rare completions.",
+            f"Fit errors: normal of {ERROR:g} nats an action, drawn anew for each step, on common completions; `pairs` fits "
+            f"{PAIRS:,} labelled pairs of accepted draws in each step by the sigmoid loss against the original anchor. "
+            "Re-weighting by exact ratios undoes all of it.",
+        ),
+    )
+
+
+_ERRORS: Final = ("anchored", "imitated", "pairs")
+
+
+def _chunk(generator: torch.Generator, size: int) -> dict[str, Tensor]:
+    results: dict[str, Tensor] = {}
+    for kind, rarity in RARITY.items():
+        bandit = _problem(generator, size, rarity)
+        paths = [enumerate_steps(bandit, steps) for steps in STEPS]
+        results[f"{kind}/proposals"] = torch.stack([path.proposals.mean(-1) for path in paths], -1)
+        results[f"{kind}/least"] = torch.stack([path.acceptance.amin((-2, -1)) for path in paths], -1)
+        results[f"{kind}/simulated"] = torch.stack([_simulated(bandit, steps, generator, size) for steps in STEPS], -1)
+        results["floor"] = torch.stack([least_acceptance(bandit, steps).amin(-1) for steps in STEPS], -1)
+    off: dict[str, list[Tensor]] = {name: [] for name in _ERRORS}
+    for steps in STEPS:
+        noise = ERROR * torch.randn(size, steps - 1, 2, ACTIONS, generator=generator, dtype=torch.float64)
+        for name, anchored in (("anchored", True), ("imitated", False)):
+            law = enumerate_steps(bandit, steps, errors=noise, anchored=anchored).accepted[..., -1, :, :]
+            off[name].append(kl(law, reverse_optimum(bandit)).mean(-1))
+        off["pairs"].append(_returned(bandit, steps, generator, size))
+    return results | {name: torch.stack(values, -1) for name, values in off.items()}
+
+
+def _problem(generator: torch.Generator, size: int, rarity: float) -> FiniteBandit:
+    shape = (size, 2, ACTIONS)
+    noise = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
+    rewards = (torch.linspace(0, 1, ACTIONS, dtype=torch.float64) + 0.1 * noise).clamp(0, 1)
+    rewards[..., 0], rewards[..., -1] = 0.0, 1.0
+    jitter = 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return FiniteBandit.tabular(rewards, (jitter - rarity * rewards).log_softmax(-1).unsqueeze(-1), beta=BETA)
+
+
+def _simulated(bandit: FiniteBandit, steps: int, generator: torch.Generator, size: int) -> Tensor:
+    """Proposals (R,) for one accepted completion a step, the mean of the contexts: from n proposals and A accepted, each step
+    contributes (n + 1)/(A + 1), whose mean is 1/p up to a factor 1 - (1 - p)^(n + 1)."""
+    run = simulate_steps(bandit, steps, generator, proposals=PROPOSALS, replicates=size)
+    return ((PROPOSALS + 1) / (run.accepted.sum(-1) + 1)).sum(-2).mean(-1)
+
+
+def _returned(bandit: FiniteBandit, steps: int, generator: torch.Generator, size: int) -> Tensor:
+    """KL (R,) from the law that the last step accepts, exactly, to the optimum, the step before it fitted to pairs."""
+    optimum = reverse_optimum(bandit)
+    if steps == 1:
+        return torch.zeros(size, dtype=torch.float64)
+    fitted: list[Tensor] = []
+    fit = fit_pairs(bandit, steps, generator, pairs=PAIRS, radius=5.0)
+    simulate_steps(
+        bandit,
+        steps,
+        generator,
+        proposals=PROPOSALS,
+        replicates=size,
+        fit=lambda accepted, step: fitted.append(fit(accepted, step)) or fitted[-1],  # type: ignore[func-returns-value]
+    )
+    law = (fitted[-1] + bandit.rewards / (steps * bandit.beta)).log_softmax(-1)
+    return kl(law, optimum).mean(-1)
+
+
+def _countable(one: Measured) -> list[int]:
+    """Which numbers of steps are simulated with at least 10 acceptances to be expected in every step."""
+    return [n for n in range(len(STEPS)) if float(one.least[n].min()) * PROPOSALS >= 10]
+
+
+def _factor(one: Estimate) -> str:
+    return f"{one.value:,.3g} [{one.low:,.3g}, {one.high:,.3g}]" if one.value < 100 else _thousands(one)
+
+
+def _thousands(one: Estimate) -> str:
+    return f"{one.value:,.0f} [{one.low:,.0f}, {one.high:,.0f}]"
+
+
+def _holds_one(one: Estimate) -> bool:
+    return _linear.side(one) == 0
+
+
+def _slope(fit: SlopeFit) -> str:
+    return f"{fit.slope:.2f} [{fit.low:.2f}, {fit.high:.2f}]"
+
+
+EXPERIMENT = Experiment("multistep", TITLE, run, default_replicates=100, seconds=20.0)
