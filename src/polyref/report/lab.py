@@ -24,6 +24,7 @@ _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _PANEL = (4.6, 3.5)  # inches
 _COLUMNS = 2
 _DPI = 150
+_MARKED = 16  # markers of one curve, at most
 _BAND_POINTS = 4  # from here on an interval is a band; below, error bars
 _LEGEND_ROWS = 6  # a longer legend stands below its panel
 _UNDATED = ("Date", "Creator", "Format", "Type")
@@ -46,7 +47,8 @@ _STYLE: dict[str, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
     "legend.fontsize": 8,
-    "legend.frameon": False,
+    "legend.framealpha": 0.75,
+    "legend.edgecolor": "none",
     "savefig.facecolor": "white",
 }
 
