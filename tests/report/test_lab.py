@@ -82,6 +82,7 @@ def test_the_guide_has_the_claimed_slope() -> None:
     "panel",
     [
         Panel("holes", "x", "y", (Curve("c", SIZES, [math.nan, -1.0, 0.0, 1.0, 2.0, 3.0, math.inf], [-1.0] * 7, [4.0] * 7),)),
+        Panel("long", "x", "y", (Curve("c", range(1, 60), [math.nan, *range(1, 50), *[math.nan] * 9]),)),
         Panel("nothing", "x", "y", (Curve("c", [1.0, 2.0], [math.nan, -1.0]),), (Guide(-1.0, "g"),)),
         Panel("no curve", "x", "y", ()),
         Panel("few", "x", "y", (curve("c", 1.0, [1.0, 2.0]),)),
