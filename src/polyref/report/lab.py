@@ -124,6 +124,7 @@ def _curve(axes: Axes, panel: Panel, curve: Curve, index: int) -> None:
         "color": colour,
         "linestyle": _DASHES[index % len(_DASHES)],
         "marker": _MARKERS[index % len(_MARKERS)],
+        "markevery": _SPACING if len(x) > _MARKED else 1,
     }
     axes.plot(x, y, label=one_line(curve.name, 60), **look)
     if low is None or high is None:
