@@ -18,7 +18,7 @@ from polyref.theory.values import kl
 
 TITLE = "Multi-step rejection sampling: acceptance and total proposals against the number of steps"
 STEPS: Final = (1, 2, 4, 8, 16, 32)
-ACTIONS, BETA, ERROR, PROPOSALS, PAIRS = 40, 0.05, 0.2, 400, 4_000
+ACTIONS, BETA, ERROR, PROPOSALS, PAIRS = 24, 0.05, 0.2, 400, 4_000
 RARITY: Final = {"rare": 18.0, "common": 3.0}
 """Nats by which the anchor prefers the worst completion to the best one."""
 RANGE_OVER_BETA: Final = 1 / BETA
@@ -215,4 +215,4 @@ def _slope(fit: SlopeFit) -> str:
     return f"{fit.slope:.2f} [{fit.low:.2f}, {fit.high:.2f}]"
 
 
-EXPERIMENT = Experiment("multistep", TITLE, run, default_replicates=100, seconds=20.0)
+EXPERIMENT = Experiment("multistep", TITLE, run, default_replicates=60, seconds=20.0)

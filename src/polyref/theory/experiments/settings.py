@@ -128,4 +128,4 @@ def _verdict(ratios: dict[tuple[str, str], Estimate], mended: dict[str, Estimate
     }[_agreement(ratios, mended)]
 
 
-EXPERIMENT = Experiment("settings", TITLE, run, default_replicates=100, seconds=25.0)
+EXPERIMENT = Experiment("settings", TITLE, run, default_replicates=100, seconds=16.0)
