@@ -18,10 +18,12 @@ from polyref.theory.values import kl
 
 TITLE = "Multi-step rejection sampling: acceptance and total proposals against the number of steps"
 STEPS: Final = (1, 2, 4, 8, 16, 32)
-ACTIONS, BETA, ERROR, PROPOSALS, PAIRS = 24, 0.05, 0.2, 400, 4_000
+ACTIONS, REWARD_RANGE, BETA, ERROR, PROPOSALS, PAIRS = 24, 5.0, 0.25, 0.2, 400, 4_000
+RADIUS: Final = 10.0
+"""Of the ball of rewards a context, centred, whose norm is about 7."""
 RARITY: Final = {"rare": 18.0, "common": 3.0}
 """Nats by which the anchor prefers the worst completion to the best one."""
-RANGE_OVER_BETA: Final = 1 / BETA
+RANGE_OVER_BETA: Final = REWARD_RANGE / BETA
 
 
 class Measured(NamedTuple):
@@ -102,7 +104,7 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
                 ),
             ),
             Panel(
-                f"Law returned, fit errors of {ERROR:g} nats",
+                "Law returned by policies fitted with error",
                 "steps N",
                 "KL to the optimum",
                 tuple(_linear.curve(name, STEPS[1:], errors[name][1:]) for name in ("anchored", "imitated", "pairs")),
@@ -119,14 +121,16 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
             "seed": seed,
             "steps": list(STEPS),
             "actions": ACTIONS,
+            "reward_range": REWARD_RANGE,
             "beta": BETA,
+            "radius": RADIUS,
             "error": ERROR,
             "proposals": PROPOSALS,
             "pairs": PAIRS,
         },
         notes=(
-            f"Every replicate is a problem of 2 contexts and {ACTIONS} completions, rewards from 0 to 1 with uniform noise, "
-            f"the anchor exponentially against them: by {RARITY['rare']:g} nats over the range (rare), or by "
+            f"Every replicate is a problem of 2 contexts and {ACTIONS} completions, rewards from 0 to {REWARD_RANGE:g} with "
+            f"uniform noise, the anchor exponentially against them: by {RARITY['rare']:g} nats over the range (rare), or by "
             f"{RARITY['common']:g} (common), with normal noise; r_max known.",
             f"Simulated: {PROPOSALS} proposals a step and context, shown where each step should accept 10 of them or more.",
             "One step never needs more than 1/G_a(best) proposals, however large R/beta: a ladder pays for rare completions.",
@@ -162,10 +166,10 @@ def _chunk(generator: torch.Generator, size: int) -> dict[str, Tensor]:
 def _problem(generator: torch.Generator, size: int, rarity: float) -> FiniteBandit:
     shape = (size, 2, ACTIONS)
     noise = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
-    rewards = (torch.linspace(0, 1, ACTIONS, dtype=torch.float64) + 0.1 * noise).clamp(0, 1)
-    rewards[..., 0], rewards[..., -1] = 0.0, 1.0
+    quality = (torch.linspace(0, 1, ACTIONS, dtype=torch.float64) + 0.1 * noise).clamp(0, 1)
+    quality[..., 0], quality[..., -1] = 0.0, 1.0
     jitter = 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    return FiniteBandit.tabular(rewards, (jitter - rarity * rewards).log_softmax(-1).unsqueeze(-1), beta=BETA)
+    return FiniteBandit.tabular(REWARD_RANGE * quality, (jitter - rarity * quality).log_softmax(-1).unsqueeze(-1), beta=BETA)
 
 
 def _simulated(bandit: FiniteBandit, steps: int, generator: torch.Generator, size: int) -> Tensor:
@@ -181,7 +185,7 @@ def _returned(bandit: FiniteBandit, steps: int, generator: torch.Generator, size
     if steps == 1:
         return torch.zeros(size, dtype=torch.float64)
     fitted: list[Tensor] = []
-    fit = fit_pairs(bandit, steps, generator, pairs=PAIRS, radius=5.0)
+    fit = fit_pairs(bandit, steps, generator, pairs=PAIRS, radius=RADIUS)
     simulate_steps(
         bandit,
         steps,
