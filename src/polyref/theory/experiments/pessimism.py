@@ -84,7 +84,7 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
             "covered); the mixture tilted by exp(-3 r) (the optimum not covered). Distinct pairs, nested data sets. nu is the "
             "mean feature under the anchor. Ratios are of means over the same replicates.",
             "The law that covers the optimum was built for the claim and is one of four such laws tried; at this c pessimism "
-            "had the smaller gap under each, beyond the intervals at most sizes. Another bad law, one or two actions a context at "
+            "had the smaller gap under each, mostly beyond the intervals. Another bad law, one or two actions a context at "
             "random, was tried and left out: gaps of 0.7 to 1.4 times the greedy one, for and against the claim.",
         ),
     )
