@@ -66,20 +66,18 @@ def from_votes(records: Iterable[PreferenceRecord], name: str = "votes") -> Pref
     votes: dict[tuple[str, str, str], list[float]] = {}
     for record in records:
         share = 1.0 if record.chosen_probability is None else record.chosen_probability
-        prompt, chosen, rejected = map(prompt_key, (record.prompt, record.chosen, record.rejected))
-        in_order = chosen <= rejected
-        votes.setdefault((prompt, *sorted((chosen, rejected))), []).append(share if in_order else 1 - share)
+        pair, in_order = _unordered(record.prompt, record.chosen, record.rejected)
+        votes.setdefault(pair, []).append(share if in_order else 1 - share)
     shares = {pair: fmean(of_pair) for pair, of_pair in votes.items()}
 
     def share_of(row: int, prompt: Text, first: Text, second: Text) -> float:
-        a, b = prompt_key(first), prompt_key(second)
-        if a == b:
+        if first == second:
             return 0.5
-        found = shares.get((prompt_key(prompt), *sorted((a, b))))
-        if found is None:
+        pair, in_order = _unordered(prompt, first, second)
+        if (found := shares.get(pair)) is None:
             fix = "give the votes on every pair, or a preference model that generalises"
             raise DataError("nobody voted on this pair", where=f"{name}, row {row}", fix=fix)
-        return found if a < b else 1 - found
+        return found if in_order else 1 - found
 
     def preferences(prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]) -> Tensor:
         rows = enumerate(zip(prompts, first, second, strict=True), 1)
@@ -98,3 +96,9 @@ def from_ensemble(members: Sequence[PreferenceModel], name: str | None = None) -
         return torch.stack(each).mean(0)
 
     return NamedPreferences(name or f"mean of {', '.join(member.name for member in members)}", preferences)
+
+
+def _unordered(prompt: Text, first: Text, second: Text) -> tuple[tuple[str, str, str], bool]:
+    """A key of the pair whatever its order, and whether the order given is that of the key."""
+    of_prompt, a, b = prompt_key(prompt), prompt_key(first), prompt_key(second)
+    return ((of_prompt, a, b), True) if a <= b else ((of_prompt, b, a), False)
