@@ -66,7 +66,7 @@ def load_causal_lm(source: ModelSource) -> PreTrainedModel:
     options: dict[str, Any] = _options(source) | {"dtype": getattr(torch, source.dtype)}
     if source.gguf_file is None:
         options["use_safetensors"] = True
-    with _one_line(source, "model"):
+    with loading_errors(source, "model"):
         loading: Any = AutoModelForCausalLM.from_pretrained(source.model, **options, output_loading_info=True)
     model: PreTrainedModel = loading[0]
     if missing := sorted(loading[1]["missing_keys"]):
@@ -82,7 +82,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     from transformers import AutoConfig
 
     _check_source(source)
-    with _one_line(source, "model"):
+    with loading_errors(source, "model"):
         return AutoConfig.from_pretrained(source.model, **_options(source))
 
 
@@ -99,7 +99,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     _check_source(source)
-    with _one_line(source, "tokenizer"):
+    with loading_errors(source, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.model, **_options(source))
     return tokenizer
 
@@ -113,7 +113,7 @@ def adapted(model: PreTrainedModel, adapter: str) -> Iterator[nn.Module]:
     """
     import torch
 
-    _check_adapter(adapter)
+    check_adapter(adapter)
     source = ModelSource(adapter)
     overwrites = _tensor_names(source.folder or _hub_snapshot(source))
     overwritten = [(tensor, tensor.clone()) for name, tensor in model.state_dict().items() if name in overwrites]
@@ -121,7 +121,7 @@ def adapted(model: PreTrainedModel, adapter: str) -> Iterator[nn.Module]:
     modules = list(model.named_modules())[1:]
     wrapped: Any = None
     try:
-        wrapped = _attach_adapter(model, adapter)
+        wrapped = attach_adapter(model, adapter)
         yield wrapped.eval()
     finally:
         if wrapped is not None:
@@ -136,10 +136,11 @@ def adapted(model: PreTrainedModel, adapter: str) -> Iterator[nn.Module]:
                 tensor.copy_(before)
 
 
-def _attach_adapter(model: PreTrainedModel, adapter: str) -> Any:
+def attach_adapter(model: PreTrainedModel, adapter: str) -> Any:
+    """`model` wrapped by the PEFT adapter in folder or hub id `adapter`; ModelError where it is not one of this model."""
     from peft import PeftModel
 
-    with _one_line(ModelSource(adapter), "adapter"), warnings.catch_warnings(record=True) as told:
+    with loading_errors(ModelSource(adapter), "adapter"), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         wrapped = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
     if any("missing adapter keys" in str(warning.message) for warning in told):
@@ -155,7 +156,7 @@ def _tensor_names(adapter: Path) -> set[str]:
 
     names: set[str] = set()
     for file in adapter.glob("*.safetensors"):
-        with _one_line(ModelSource(str(adapter)), "adapter"), safe_open(file, "pt") as tensors:
+        with loading_errors(ModelSource(str(adapter)), "adapter"), safe_open(file, "pt") as tensors:
             names.update(tensors.keys())
     return {name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in names}
 
@@ -201,7 +202,7 @@ def adapter_fingerprint(adapter: str | None) -> str:
     """As `weights_fingerprint`, for a PEFT adapter's weights and configuration. The empty string for none."""
     if adapter is None:
         return ""
-    _check_adapter(adapter)
+    check_adapter(adapter)
     source = ModelSource(adapter)
     folder = source.folder or _hub_snapshot(source)
     return _files_fingerprint(_weight_files(folder)) + _file_fingerprint(*_identity(folder / "adapter_config.json"))
@@ -283,11 +284,12 @@ def _holds_adapter(source: ModelSource) -> bool:
     """Whether transformers would put an adapter on the model at `source`, or load the adapter's base instead of it."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    with _one_line(source, "model"):
+    with loading_errors(source, "model"):
         return find_adapter_config_file(str(source.folder or source.model), revision=source.revision) is not None
 
 
-def _check_adapter(adapter: str) -> None:
+def check_adapter(adapter: str) -> None:
+    """Refuse a folder that holds no adapter, or a pickled one."""
     folder = Path(adapter).expanduser()
     if looks_like_path(adapter) and not (folder / "adapter_config.json").is_file():
         raise ModelError("no adapter_config.json there", where=adapter, fix="give the folder of a saved PEFT adapter")
@@ -305,8 +307,8 @@ def _refuse_pickles(folder: Path, where: str) -> None:
 
 
 @contextmanager
-def _one_line(source: ModelSource, what: str) -> Iterator[None]:
-    """Turn the many errors of loading into one line that says what to do."""
+def loading_errors(source: ModelSource, what: str) -> Iterator[None]:
+    """Turn the many errors of loading into one ModelError line that says what to do."""
     try:
         yield
     except ModelError:
@@ -327,7 +329,7 @@ def _hub_snapshot(source: ModelSource) -> Path:
     patterns = [source.gguf_file] if source.gguf_file else ["*.safetensors", "adapter_config.json"]
     if source.trust_remote_code:
         patterns.append("*.py")
-    with _one_line(source, "weights"):
+    with loading_errors(source, "weights"):
         return Path(snapshot_download(source.model, revision=source.revision, allow_patterns=patterns))
 
 
