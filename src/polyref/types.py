@@ -31,6 +31,10 @@ class PreferenceRecord:
     `chosen_probability` is P(chosen preferred) in [0, 1] (a vote share or a judge's probability; None means 1);
     `reference_weights` is one simplex vector over the reference set for this prompt; `margin` (in nats of implied reward) is
     subtracted from the implied reward difference. `source` and `row` (1-based) say where the pair came from.
+
+    An auxiliary preference model g adds `predicted_probability`, its P(chosen preferred) of this pair, and M >= 1 auxiliary
+    pairs of completions of the same prompt, drawn as data pairs are: `auxiliary_1`, `auxiliary_2` (M,) and
+    `auxiliary_probability` (M,), its P(auxiliary_1 preferred). All four, or none.
     """
 
     prompt: Text
@@ -39,6 +43,10 @@ class PreferenceRecord:
     chosen_probability: float | None = None
     reference_weights: tuple[float, ...] | None = None
     margin: float | None = None
+    predicted_probability: float | None = None
+    auxiliary_1: tuple[Text, ...] | None = None
+    auxiliary_2: tuple[Text, ...] | None = None
+    auxiliary_probability: tuple[float, ...] | None = None
     source: str = "memory"
     row: int = 0
 
@@ -49,6 +57,7 @@ class TokenizedPair:
 
     The model input for a completion is `prompt_ids + completion_ids`; only completion positions are scored. A completion that
     was cut at the maximum length has `*_cut` true and carries no end-of-turn token: it is an atom without the end factor.
+    `auxiliary_ids` are the 2M completions of the auxiliary pairs, the first and the second of each in turn.
     """
 
     prompt_ids: tuple[int, ...]
@@ -56,10 +65,18 @@ class TokenizedPair:
     rejected_ids: tuple[int, ...]
     chosen_cut: bool = False
     rejected_cut: bool = False
+    auxiliary_ids: tuple[tuple[int, ...], ...] = ()
+    auxiliary_cut: tuple[bool, ...] = ()
 
     @property
     def completions(self) -> tuple[tuple[int, ...], ...]:
-        return (self.chosen_ids, self.rejected_ids)
+        """Chosen, rejected, and the auxiliary ones: 2 + 2M."""
+        return (self.chosen_ids, self.rejected_ids, *self.auxiliary_ids)
+
+    @property
+    def cuts(self) -> tuple[bool, ...]:
+        """Which of the completions were cut."""
+        return (self.chosen_cut, self.rejected_cut, *self.auxiliary_cut)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+from polyref.data.auxiliary import auxiliary_completions
 from polyref.data.records import RowError
 from polyref.errors import ModelError, ReferenceSetError
 from polyref.types import Message, PreferenceRecord, TokenizedPair
@@ -22,7 +23,7 @@ _RECORDS_AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """What the model reads for a record: `prompt`, and `chosen` and `rejected` as prompt and completion together.
+    """What the model reads for a record: `prompt`, and `chosen`, `rejected`, `auxiliary` as prompt and completion together.
 
     `chat` says that a chat template wrote it, special tokens included; a completion that is `cut` gets no end-of-turn.
     """
@@ -33,27 +34,37 @@ class Rendering:
     chat: bool
     chosen_cut: bool = False
     rejected_cut: bool = False
+    auxiliary: tuple[str, ...] = ()
+    auxiliary_cut: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """Token ids of a `Rendering`, ends of turn settled. `prompt` need not be a beginning of `chosen` and `rejected`."""
+    """Token ids of a `Rendering`, ends of turn settled. `prompt` need not be a beginning of the others."""
 
     prompt: Ids
     chosen: Ids
     rejected: Ids
     chosen_cut: bool = False
     rejected_cut: bool = False
+    auxiliary: tuple[Ids, ...] = ()
+    auxiliary_cut: tuple[bool, ...] = ()
 
     @property
     def boundary(self) -> int:
-        """The number of leading tokens that prompt, chosen and rejected share."""
-        return min(common_start(self.prompt, self.chosen), common_start(self.prompt, self.rejected))
+        """The number of leading tokens that the prompt and all whole texts share."""
+        return min(common_start(self.prompt, ids) for ids in (self.chosen, self.rejected, *self.auxiliary))
 
     def split(self, at: int) -> TokenizedPair:
         """The pair whose prompt is the first `at` tokens."""
         return TokenizedPair(
-            self.chosen[:at], self.chosen[at:], self.rejected[at:], chosen_cut=self.chosen_cut, rejected_cut=self.rejected_cut
+            self.chosen[:at],
+            self.chosen[at:],
+            self.rejected[at:],
+            chosen_cut=self.chosen_cut,
+            rejected_cut=self.rejected_cut,
+            auxiliary_ids=tuple(ids[at:] for ids in self.auxiliary),
+            auxiliary_cut=self.auxiliary_cut,
         )
 
 
@@ -75,10 +86,12 @@ def render_record(record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, 
     """
     from jinja2 import TemplateError
 
-    prompt, chosen, rejected = record.prompt, record.chosen, record.rejected
+    prompt, completions = record.prompt, (record.chosen, record.rejected, *auxiliary_completions(record))
+    uncut = (False,) * len(completions[2:])
     if isinstance(prompt, str):
         prompt = f"{system_prompt}\n\n{prompt}" if system_prompt else prompt
-        return Rendering(prompt, f"{prompt}{chosen}", f"{prompt}{rejected}", chat=False)
+        chosen, rejected, *auxiliary = (f"{prompt}{completion}" for completion in completions)
+        return Rendering(prompt, chosen, rejected, chat=False, auxiliary=tuple(auxiliary), auxiliary_cut=uncut)
     messages = list(prompt)
     if system_prompt:
         if any(message["role"] == "system" for message in messages):
@@ -89,9 +102,9 @@ def render_record(record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, 
             raise ReferenceSetError("a system prompt is set, but the record has a system message", where=where, fix=fix)
         messages.insert(0, {"role": "system", "content": system_prompt})
     try:
-        rendered, whole_chosen, whole_rejected = (
+        rendered, chosen, rejected, *auxiliary = (
             _apply_template(tokenizer, [*messages, *turns], add_generation_prompt=not turns)
-            for turns in ((), cast(Turns, chosen), cast(Turns, rejected))
+            for turns in ((), *(cast(Turns, completion) for completion in completions))
         )
     except TemplateError as error:
         what, fix = f"the chat template refuses the messages ({error})", "change the roles of the row, or use another model"
@@ -99,7 +112,7 @@ def render_record(record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, 
     if system_prompt and system_prompt.strip() not in rendered:
         fix = "use a model whose template takes a system prompt, or set none"
         raise ModelError("the chat template leaves the system prompt out", where=_name(tokenizer), fix=fix)
-    return Rendering(rendered, whole_chosen, whole_rejected, chat=True)
+    return Rendering(rendered, chosen, rejected, chat=True, auxiliary=tuple(auxiliary), auxiliary_cut=uncut)
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -140,20 +153,19 @@ class Encoder:
         """The encoding of each rendering, in order; many are tokenised at once."""
         waiting = iter(renderings)
         while some := list(islice(waiting, _RECORDS_AT_ONCE)):
-            ids = self._ids([text for r in some for text in (r.prompt, r.chosen, r.rejected)])
-            for number, rendering in enumerate(some):
-                yield self._settle(rendering, *ids[3 * number : 3 * number + 3])
+            ids = iter(self._ids([text for r in some for text in (r.prompt, r.chosen, r.rejected, *r.auxiliary)]))
+            for rendering in some:
+                yield self._settle(rendering, *islice(ids, 3 + len(rendering.auxiliary)))
 
-    def _settle(self, rendering: Rendering, prompt: Ids, chosen: Ids, rejected: Ids) -> Encoding:
+    def _settle(self, rendering: Rendering, prompt: Ids, *wholes: Ids) -> Encoding:
         close: Callable[[Ids, int], Ids] = self._without_tail if rendering.chat else self._with_eos
         opening = () if rendering.chat else self._opening
-        return Encoding(
-            opening + prompt,
-            opening + (chosen if rendering.chosen_cut else close(chosen, common_start(prompt, chosen))),
-            opening + (rejected if rendering.rejected_cut else close(rejected, common_start(prompt, rejected))),
-            rendering.chosen_cut,
-            rendering.rejected_cut,
+        cuts = (rendering.chosen_cut, rendering.rejected_cut, *rendering.auxiliary_cut)
+        chosen, rejected, *auxiliary = (
+            opening + (whole if cut else close(whole, common_start(prompt, whole)))
+            for whole, cut in zip(wholes, cuts, strict=True)
         )
+        return Encoding(opening + prompt, chosen, rejected, cuts[0], cuts[1], tuple(auxiliary), rendering.auxiliary_cut)
 
     def _with_eos(self, ids: Ids, start: int) -> Ids:
         """`ids` with the end-of-sequence token at the end, where the tokenizer has one and the completion has none."""

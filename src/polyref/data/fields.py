@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 from polyref.types import SIMPLEX_TOLERANCE, Message, Text
+
+Read = TypeVar("Read")
 
 
 class Refusal(Exception):
@@ -84,6 +86,49 @@ def read_probability(value: object) -> float | None:
     return number
 
 
+def read_texts(value: object) -> tuple[Text, ...] | None:
+    """One text, or a list of them, as a tuple; a list of messages is one text."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence) or isinstance(value, bytes):
+        return (read_text(value),)
+    if not value:
+        raise Refusal("is an empty list", "give at least one completion, or leave the auxiliary columns out")
+    if all(isinstance(each, Mapping) for each in value):
+        return (read_text(value),)
+    return tuple(_numbered(read_text, each, number) for number, each in enumerate(value, 1))
+
+
+def read_probabilities(value: object) -> tuple[float, ...] | None:
+    """One probability, or a list of them, as a tuple."""
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return (_chance(value),)
+    if not value:
+        raise Refusal("is an empty list", "give one probability for each auxiliary pair")
+    return tuple(_numbered(_chance, each, number) for number, each in enumerate(value, 1))
+
+
+def _numbered(read: Callable[[object], Read], value: object, number: int) -> Read:
+    """`read(value)`, a refusal of which says that it is the `number`-th of a list."""
+    try:
+        return read(value)
+    except Refusal as refusal:
+        raise Refusal(f"entry {number} {refusal.what}", refusal.fix) from None
+
+
+def _chance(value: object) -> float:
+    number = read_number(value)
+    if not 0 <= number <= 1:
+        raise Refusal(f"is {number:g}, outside 0 to 1", "give the probability that the first of the pair is preferred")
+    return number
+
+
+def read_prediction(value: object) -> float | None:
+    return None if value is None else _chance(value)
+
+
 def read_weights(value: object) -> tuple[float, ...] | None:
     """Weights on the simplex, to within SIMPLEX_TOLERANCE of sum 1."""
     if value is None:
@@ -107,5 +152,9 @@ READERS: dict[str, Callable[[object], Any]] = {
     "chosen_probability": read_probability,
     "reference_weights": read_weights,
     "margin": read_margin,
+    "predicted_probability": read_prediction,
+    "auxiliary_1": read_texts,
+    "auxiliary_2": read_texts,
+    "auxiliary_probability": read_probabilities,
 }
 """How each field of a row is read; its keys are all the fields there are."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from polyref.data.auxiliary import check_auxiliary
 from polyref.data.fields import READERS, Refusal, kind
 from polyref.data.prompts import settle_texts
 from polyref.data.transcripts import parse_reply, parse_transcript
@@ -13,7 +14,7 @@ from polyref.errors import ConfigError, DataError
 from polyref.types import Message, PreferenceRecord, Text
 
 FIELDS = tuple(READERS)
-"""The columns of a row. `prompt` may be implicit and the last three are optional; any other column is left alone."""
+"""The columns of a row. `prompt` may be implicit, those after `rejected` are optional; any other column is left alone."""
 
 PROMPT_FORMATS = ("as_is", "chat", "transcript")
 
@@ -70,10 +71,11 @@ def read_record(
     if problems:
         return None, problems
     try:
-        texts = settle_texts(values.get("prompt"), values["chosen"], values["rejected"])
+        prompt, values["chosen"], values["rejected"] = settle_texts(values.get("prompt"), values["chosen"], values["rejected"])
+        check_auxiliary(values)
     except Refusal as refusal:
         return None, [error(refusal, refusal.field)]
-    values["prompt"], values["chosen"], values["rejected"] = texts
+    values["prompt"] = prompt
     return PreferenceRecord(**values, source=source, row=row_number), []
 
 
@@ -100,14 +102,17 @@ def to_messages(record: PreferenceRecord, prompt_format: str, *, columns: Mappin
     if prompt_format == "as_is" or (prompt_format == "chat" and not is_text):
         return record
     if prompt_format == "chat":
-        return replace(
-            record,
-            prompt=_one_turn("user", record.prompt),
-            chosen=_one_turn("assistant", record.chosen),
-            rejected=_one_turn("assistant", record.rejected),
-        )
+        turns: dict[str, Any] = {
+            "prompt": _one_turn("user", record.prompt),
+            "chosen": _one_turn("assistant", record.chosen),
+            "rejected": _one_turn("assistant", record.rejected),
+        }
+        turns |= {name: tuple(_one_turn("assistant", text) for text in texts) for name, texts in _auxiliary(record)}
+        return replace(record, **turns)
     parsed: dict[str, Any] = {}
-    for field, parse in (("prompt", parse_transcript), ("chosen", parse_reply), ("rejected", parse_reply)):
+    parsers: dict[str, Callable[[Any], Any]] = {"prompt": parse_transcript, "chosen": parse_reply, "rejected": parse_reply}
+    parsers |= {name: lambda texts: tuple(map(parse_reply, texts)) for name, _ in _auxiliary(record)}
+    for field, parse in parsers.items():
         try:
             parsed[field] = parse(getattr(record, field))
         except ValueError as error:
@@ -128,8 +133,17 @@ def record_to_row(record: PreferenceRecord) -> dict[str, Any]:
         "chosen_probability": record.chosen_probability,
         "reference_weights": list(record.reference_weights) if record.reference_weights is not None else None,
         "margin": record.margin,
+        "predicted_probability": record.predicted_probability,
+        **{name: [text if isinstance(text, str) else list(text) for text in texts] for name, texts in _auxiliary(record)},
+        "auxiliary_probability": list(record.auxiliary_probability) if record.auxiliary_probability is not None else None,
     }
     return texts | {field: value for field, value in optional.items() if value is not None}
+
+
+def _auxiliary(record: PreferenceRecord) -> tuple[tuple[str, tuple[Text, ...]], ...]:
+    """The auxiliary completions by field, where there are any."""
+    found = ("auxiliary_1", record.auxiliary_1), ("auxiliary_2", record.auxiliary_2)
+    return tuple((name, texts) for name, texts in found if texts is not None)
 
 
 def _texts(record: PreferenceRecord) -> tuple[tuple[str, Text], ...]:

@@ -41,7 +41,7 @@ def load_preferences(
     `source` is a .jsonl, .jsonl.gz, .json, .json.gz or .parquet file, a folder saved by datasets, a hub id (at `revision`),
     "packaged:NAME", a datasets object, or rows. `split` picks a part of a hub id, folder or DatasetDict. For `columns` see
     `parse_record`, for `prompt_format` see `to_messages`. The first bad row ends the reading with a `DataError` that names
-    file, row and column; data without rows, and rows whose `reference_weights` differ in length, are refused too.
+    file, row and column; data without rows, and rows that `check_alike` refuses, are refused too.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"limit is {limit!r}", fix="give a number of rows of at least 1, or leave it out")
@@ -52,7 +52,7 @@ def load_preferences(
         if not records:
             _tell_unused(row)
         record = parse_record(row.value, source=row.source, row_number=row.number, columns=columns)
-        check_weight_count(record, records[0] if records else record, columns)
+        check_alike(record, records[0] if records else record, columns)
         records.append(to_messages(record, prompt_format, columns=columns))
         if len(records) == limit:
             break
@@ -75,14 +75,17 @@ def load_packaged(name: str, *, prompt_format: str = "as_is", limit: int | None 
     return load_preferences(PACKAGED_PREFIX + name, prompt_format=prompt_format, limit=limit)
 
 
-def check_weight_count(record: PreferenceRecord, first: PreferenceRecord, columns: Mapping[str, str] | None = None) -> None:
-    """`RowError` unless `record` carries as many reference weights as the `first` record of its data (or, like it, none)."""
-    count, wanted = (len(each.reference_weights or ()) for each in (record, first))
-    if count != wanted:
-        column = (columns or {}).get("reference_weights", "reference_weights")
-        what = f"holds {count or 'no'} weights where row {first.row} holds {wanted or 'none'}"
-        fix = "give every row one weight for each reference"
-        raise RowError(what, source=record.source, row=record.row, column=column, fix=fix)
+def check_alike(record: PreferenceRecord, first: PreferenceRecord, columns: Mapping[str, str] | None = None) -> None:
+    """`RowError` unless `record` has as many reference weights, and auxiliary pairs, as the `first` of its data (or none)."""
+    for field, unit, fix in (
+        ("reference_weights", "weights", "give every row one weight for each reference"),
+        ("auxiliary_1", "auxiliary pairs", "give every row as many auxiliary pairs, or none"),
+    ):
+        count, wanted = (len(getattr(each, field) or ()) for each in (record, first))
+        if count != wanted:
+            column = (columns or {}).get(field, field)
+            what = f"holds {count or 'no'} {unit} where row {first.row} holds {wanted or 'none'}"
+            raise RowError(what, source=record.source, row=record.row, column=column, fix=fix)
 
 
 def source_name(source: object) -> str:

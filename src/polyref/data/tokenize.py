@@ -54,8 +54,8 @@ def tokenize_record(
 
     Strings: the tokenizer's opening special tokens (BOS), the text, and its EOS after each completion. Messages: what the chat
     template writes, up to the end of the assistant's turn. `system_prompt` goes first: as text and a blank line, or as a
-    message. Where the prompt's own tokens do not begin both whole texts (a token spans the boundary, or the template writes
-    the prompt otherwise), the boundary moves back to the last token that all three share: what is scored is then the exact
+    message. Where the prompt's own tokens do not begin every whole text (a token spans the boundary, or the template writes
+    the prompt otherwise), the boundary moves back to the last token that all of them share: what is scored is then the exact
     likelihood of everything after it. Errors: `RowError` where no token is left before it, and those of `render_record`.
     """
     (encoding,) = _encode([record], tokenizer, system_prompt)
@@ -83,7 +83,7 @@ def tokenize_records(
             continue
         pairs.append(pair)
         kept.append(record)
-        completions += pair.chosen_cut + pair.rejected_cut
+        completions += sum(pair.cuts)
         prompts += len(pair.prompt_ids) < boundary
         moved += boundary < len(encoding.prompt)
     return TokenizedPreferences(
@@ -119,7 +119,7 @@ def tokenize_for_reference(
     for record, pair, at_policy, at_reference in zip(records, pairs, policy, reference, strict=True):
         own = at_reference.split(checked_boundary(at_reference, record))
         shared = _with_policy_tokens(own, pair, at_policy) if same else None
-        if shared is None and (pair.chosen_cut or pair.rejected_cut):
+        if shared is None and any(pair.cuts):
             rendering = render_record(record, tokenizer, system_prompt)
             texts.append((len(scored), _cut_text(rendering, pair, at_policy, policy_tokenizer)))
         elif shared is None and not all(own.completions):
@@ -181,10 +181,18 @@ def _cut_text(
             return "" if before.startswith(whole) else decode(ids).rstrip("\ufffd")
         return whole[len(before) :].rstrip("\ufffd")
 
+    chosen, rejected, *auxiliary = (
+        rendering.prompt + kept_text(ids) if cut else whole
+        for ids, cut, whole in zip(
+            pair.completions, pair.cuts, (rendering.chosen, rendering.rejected, *rendering.auxiliary), strict=True
+        )
+    )
     return replace(
         rendering,
-        chosen=rendering.prompt + kept_text(pair.chosen_ids) if pair.chosen_cut else rendering.chosen,
-        rejected=rendering.prompt + kept_text(pair.rejected_ids) if pair.rejected_cut else rendering.rejected,
+        chosen=chosen,
+        rejected=rejected,
         chosen_cut=pair.chosen_cut,
         rejected_cut=pair.rejected_cut,
+        auxiliary=tuple(auxiliary),
+        auxiliary_cut=pair.auxiliary_cut,
     )

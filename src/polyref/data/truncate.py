@@ -19,7 +19,7 @@ def check_truncation(max_length: int | None, mode: str) -> None:
 
 
 def truncate_pair(pair: TokenizedPair, max_length: int, mode: str = "keep_start") -> TokenizedPair | None:
-    """`pair` with prompt and either completion within `max_length` tokens together; None where a completion has nothing left.
+    """`pair` with prompt and any completion within `max_length` tokens together; None where a completion has nothing left.
 
     "keep_start" cuts the ends of the completions. "keep_end" cuts the start of the shared prompt, down to one token, and only
     then the ends of the completions. A completion that is cut loses its end-of-turn and is marked so.
@@ -39,4 +39,6 @@ def truncate_pair(pair: TokenizedPair, max_length: int, mode: str = "keep_start"
         rejected_ids=pair.rejected_ids[:room],
         chosen_cut=pair.chosen_cut or len(pair.chosen_ids) > room,
         rejected_cut=pair.rejected_cut or len(pair.rejected_ids) > room,
+        auxiliary_ids=tuple(ids[:room] for ids in pair.auxiliary_ids),
+        auxiliary_cut=tuple(cut or len(ids) > room for cut, ids in zip(pair.auxiliary_cut, pair.auxiliary_ids, strict=True)),
     )

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from polyref.data.auxiliary import auxiliary_completions
 from polyref.data.encode import Encoder, Encoding, checked_boundary, render_record
 from polyref.data.prompts import IDENTICAL
 from polyref.data.records import RowError, read_record, to_messages
-from polyref.data.sources import check_weight_count, has_splits, prompt_key, read_rows, source_name
+from polyref.data.sources import check_alike, has_splits, prompt_key, read_rows, source_name
 from polyref.data.truncate import check_truncation, truncate_pair
 from polyref.errors import DataError, one_line
 from polyref.types import PreferenceRecord, Text
@@ -145,7 +146,7 @@ class _Tally:
     def take(self, split: str, record: PreferenceRecord, prompt_format: str, columns: Mapping[str, str] | None) -> None:
         try:
             self.first = self.first or record
-            check_weight_count(record, self.first, columns)
+            check_alike(record, self.first, columns)
             record = to_messages(record, prompt_format, columns=columns)
             encoding = self._encode(record)
         except DataError as error:
@@ -154,7 +155,7 @@ class _Tally:
         self.pairs[split] += 1
         self._count(split, record)
         if self.encoder is None or encoding is None:
-            self._measure(_characters(record.prompt), _characters(record.chosen), _characters(record.rejected))
+            self._measure(*map(_characters, (record.prompt, record.chosen, record.rejected, *auxiliary_completions(record))))
         else:
             self._count_tokens(record, encoding, self.encoder.special_texts)
 
@@ -176,17 +177,18 @@ class _Tally:
 
     def _count_tokens(self, record: PreferenceRecord, encoding: Encoding, special_texts: Sequence[str]) -> None:
         pair = encoding.split(encoding.boundary)
-        self._measure(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
+        self._measure(len(pair.prompt_ids), *map(len, pair.completions))
         self.counts["moved"] += encoding.boundary < len(encoding.prompt)
-        text = "\n".join(map(_text, (record.prompt, record.chosen, record.rejected)))
+        text = "\n".join(map(_text, (record.prompt, record.chosen, record.rejected, *auxiliary_completions(record))))
         self.counts["special"] += any(token in text for token in special_texts)
         if self.max_length is not None:
             kept = truncate_pair(pair, self.max_length, self.truncation_mode)
             self.counts["dropped"] += kept is None
             self.counts["cut"] += kept is not None and kept != pair
 
-    def _measure(self, prompt: int, chosen: int, rejected: int) -> None:
-        for what, length in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+    def _measure(self, *lengths: int) -> None:
+        names = ("prompt", "chosen", "rejected", *("auxiliary" for _ in lengths[3:]))
+        for what, length in zip(names, lengths, strict=True):
             self.lengths[what].append(length)
 
     def report(self) -> ValidationReport:
