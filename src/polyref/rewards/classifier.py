@@ -1,0 +1,104 @@
+"""Hub id, folder, adapter or base model -> a sequence classifier with one logit: the network of a reward or preference model.
+
+Weights are read from safetensors only. A model without a score head, or with one of several logits, is refused in one line;
+only `fresh_classifier`, whose result is there to be trained, draws a head.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyref.errors import ModelError
+from polyref.scoring.models import (
+    ModelSource,
+    attach_adapter,
+    check_adapter,
+    check_config,
+    load_config,
+    loading_errors,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_FIX = "give a sequence-classification model that was trained with num_labels=1"
+
+
+def load_classifier(source: ModelSource) -> PreTrainedModel:
+    """The trained classifier at `source`, in evaluation mode on the CPU. ModelError unless it is whole and has one logit."""
+    config = _text_config(source)
+    if not any("ForSequenceClassification" in name for name in config.architectures or ()):
+        what = f"is {', '.join(config.architectures or ()) or 'of no stated architecture'}, which has no score head"
+        raise ModelError(what, where=source.model, fix=_FIX)
+    check_one_logit(config, source.model)
+    model, missing = _load(source)
+    if missing:
+        what = f"{len(missing)} of its weights are not there, such as {missing[0]}, and would be random"
+        raise ModelError(what, where=source.model, fix="give the whole model, as save_pretrained writes it")
+    return model
+
+
+def load_adapted_classifier(adapter: str, dtype: str = "float32") -> nn.Module:
+    """The classifier that PEFT saved as an adapter with its head in folder or hub id `adapter`, on the base it names, frozen.
+
+    ModelError where the base is gone, or the adapter is of another model, of another task, or came without its score head.
+    """
+    from peft import PeftConfig
+
+    check_adapter(adapter)
+    with loading_errors(ModelSource(adapter), "adapter"):
+        config = PeftConfig.from_pretrained(adapter)
+    base = config.base_model_name_or_path
+    if not base or config.task_type != "SEQ_CLS" or not getattr(config, "modules_to_save", None):
+        fix = "give an adapter of task SEQ_CLS, with the score head in modules_to_save"
+        raise ModelError("this adapter brings no score head", where=adapter, fix=fix)
+    return attach_adapter(fresh_classifier(ModelSource(base, dtype=dtype), seed=0), adapter).eval()
+
+
+def fresh_classifier(source: ModelSource, *, seed: int) -> PreTrainedModel:
+    """The base model at `source` with a head of one logit drawn from `seed`, or its own if it has such a one already."""
+    import torch
+
+    _text_config(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, missing = _load(source, num_labels=1)
+    prefix = f"{model.base_model_prefix}."
+    if lost := [name for name in missing if name.startswith(prefix) and ".pooler." not in name]:
+        what = f"{len(lost)} of its weights are not there, such as {lost[0]}, and would be random"
+        raise ModelError(what, where=source.model, fix="give the whole model, as save_pretrained writes it")
+    return model
+
+
+def check_one_logit(config: Any, where: str) -> None:
+    """ModelError for a configuration of a head with more logits than one."""
+    if config.num_labels != 1:
+        raise ModelError(f"its head has {config.num_labels} logits, and one is needed", where=where, fix=_FIX)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether `folder` holds a PEFT adapter."""
+    return (Path(folder).expanduser() / "adapter_config.json").is_file()
+
+
+def _text_config(source: ModelSource) -> Any:
+    if source.gguf_file is not None:
+        raise ModelError("a GGUF file holds no score head", where=source.model, fix=_FIX)
+    config = load_config(source)
+    check_config(config, source.model)
+    return config
+
+
+def _load(source: ModelSource, **changes: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model and the names of its weights that were not there."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code, "use_safetensors": True}
+    with loading_errors(source, "model"):
+        model, told = AutoModelForSequenceClassification.from_pretrained(
+            source.model, dtype=getattr(torch, source.dtype), output_loading_info=True, **options, **changes
+        )
+    return model.eval(), sorted(told["missing_keys"])
