@@ -132,6 +132,17 @@ def pair_rows(count: int, **columns: Any) -> list[dict[str, Any]]:
     return [row | {k: v(i) if callable(v) else v for k, v in columns.items()} for i, row in enumerate(rows)]
 
 
+def auxiliary_columns(pairs: int) -> dict[str, Any]:
+    """Columns for `pair_rows`: what an auxiliary model says of each row, and `pairs` auxiliary pairs of different lengths."""
+    numbers = range(pairs)
+    return {
+        "predicted_probability": lambda i: (i * 0.37 + 0.2) % 1,
+        "auxiliary_1": lambda i: [f" maybe {i + m}" for m in numbers],
+        "auxiliary_2": lambda i: [" no" * (m + 1) + f" {i}" for m in numbers],
+        "auxiliary_probability": lambda i: [((i + 3 * m) * 0.23 + 0.1) % 1 for m in numbers],
+    }
+
+
 @contextmanager
 def counted_calls(model_class: type = LlamaForCausalLM) -> Iterator[list[tuple[int, ...]]]:
     """Collects the shape of `input_ids` of every call of a model of this class."""

@@ -20,6 +20,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fakes import (
+    auxiliary_columns,
     byte_tokenizer,
     counted_calls,
     pair_rows,
@@ -30,6 +31,7 @@ from fakes import (
     tiny_lora,
     word_tokenizer,
 )
+from polyref.data.collate import row_length
 from polyref.data.records import parse_record
 from polyref.data.tokenize import TokenizedPreferences, tokenize_records
 from polyref.errors import ConfigError, DataError, InputError, ModelError, ReferenceSetError
@@ -93,6 +95,35 @@ def by_hand(model: Any, data: TokenizedPreferences, system: tuple[int, ...] = ()
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     return saved_llama(tmp_path_factory.mktemp("models") / "base", tiny_tokenizer)
+
+
+def test_auxiliary_completions_are_scored_in_the_row_of_their_prompt(
+    model_folder: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data = tokens_of(5, tiny_tokenizer, max_length=28, **auxiliary_columns(3))
+    assert data.report.cut_completions > 0
+    members = ReferenceSet((Reference(str(model_folder)), Reference(model_folder, system_prompt="be kind", name="kind")))
+    first = score_references(tokens_of(5, tiny_tokenizer, max_length=28), members, tiny_tokenizer, cache_dir=tmp_path)
+    with counted_calls() as calls:
+        scores = score_references(data, members, tiny_tokenizer, cache_dir=tmp_path, batch_size=2)
+    longest = max(row_length(pair.prompt_ids, pair.completions) for pair in data.pairs)
+    assert (2, longest) in calls, "a row is a prompt once and its eight completions"
+    assert scores.auxiliary.shape == (5, 6, 2) and first.auxiliary.shape == (5, 0, 2)
+    everything = np.concatenate([both(scores), scores.auxiliary], 1)
+    np.testing.assert_allclose(everything[..., 0], by_hand(tiny_llama(tiny_tokenizer), data), rtol=1e-4)
+    np.testing.assert_array_equal(both(scores), both(first))
+    assert scores.hits == first.misses, "what was scored without auxiliary pairs is found again"
+    with counted_calls() as calls:
+        again = score_references(data, members, tiny_tokenizer, cache_dir=tmp_path, batch_size=2)
+    assert not calls and again.hit_rate == 1.0
+    np.testing.assert_array_equal(again.auxiliary, scores.auxiliary)
+
+
+def test_pairs_with_different_numbers_of_auxiliary_pairs_are_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [*pair_rows(1, **auxiliary_columns(2)), *pair_rows(1)]
+    records = [parse_record(row, source="f", row_number=i) for i, row in enumerate(rows, 1)]
+    with pytest.raises(DataError, match="f, row 2: 0 auxiliary pairs where others have 2; give every row"):
+        score_references(tokenize_records(records, tiny_tokenizer), ReferenceSet((Reference("any"),)), tiny_tokenizer)
 
 
 def test_k_references_give_one_column_each(model_folder: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -47,12 +47,14 @@ Progress = Callable[[str, int, int], None]
 class ReferenceScores:
     """Sequence log-probabilities of N pairs under K references, in nats.
 
-    `chosen`, `rejected`: (N, K) float64. `hits` and `misses` count completions found in the cache and scored anew; `tokens` and
-    `seconds` measure the scoring, model loading left out. `compatibility` says one line a member.
+    `chosen`, `rejected`: (N, K) float64; `auxiliary`: (N, 2M, K), of the completions of their M auxiliary pairs. `hits` and
+    `misses` count completions found in the cache and scored anew; `tokens` and `seconds` measure the scoring, model loading
+    left out. `compatibility` says one line a member.
     """
 
     chosen: np.ndarray
     rejected: np.ndarray
+    auxiliary: np.ndarray
     hits: int
     misses: int
     tokens: int
@@ -90,7 +92,7 @@ def score_references(
     progress: Progress | None = None,
     needed: Sequence[bool] | None = None,
 ) -> ReferenceScores:
-    """log pi_i(y | x) of both completions of every pair under each member i: shapes (N, K), nats.
+    """log pi_i(y | x) of both completions of every pair under each member i: shapes (N, K), nats; of auxiliary ones too.
 
     `data` was tokenised for the policy with `tokenizer`. A member with the same tokenizer scores exactly those completion
     tokens after its own prompt (system prompt included); one with another tokenizer scores the text. Members that share
@@ -99,11 +101,13 @@ def score_references(
     `needed` says which members to score, all by default (see `ReferenceSet.needed`); any other is not even loaded, and its
     column is 0.
 
-    Raises ReferenceSetError where a member cannot score the data (vocabulary, context length), naming member and row.
+    Raises ReferenceSetError where a member cannot score the data (vocabulary, context length), naming member and row, and
+    DataError where pairs differ in their number of auxiliary pairs.
     """
     if not data.pairs:
         what = f"none of {data.report.dropped} pairs has a completion left to score"
         raise DataError(what, fix="raise max_length, or give pairs with completions")
+    completions = _completions(data)
     needed = (True,) * len(references) if needed is None else tuple(needed)
     if len(needed) != len(references):
         raise ReferenceSetError(f"`needed` has {len(needed)} entries for {len(references)} references", fix="give one a member")
@@ -126,11 +130,22 @@ def score_references(
             _score_group([members[i] for i in group], cache, batch_size, device, meter)
             for i in group:
                 found[i] = cache.lookup(members[i].scorer, members[i].keys)
-    pairs = np.zeros((len(data.pairs), 2, len(references)))
+    pairs = np.zeros((len(data.pairs), completions, len(references)))
     for column, f, member in zip(columns, found, members, strict=True):
-        pairs[:, :, column] = np.reshape([f[key].logp for key in member.keys], (-1, 2))
-    chosen, rejected = pairs[:, 0].copy(), pairs[:, 1].copy()
-    return ReferenceScores(chosen, rejected, hits, total - hits, meter.tokens, meter.seconds, tuple(lines))
+        pairs[:, :, column] = np.reshape([f[key].logp for key in member.keys], (-1, completions))
+    parts = (pairs[:, 0].copy(), pairs[:, 1].copy(), pairs[:, 2:].copy())
+    return ReferenceScores(*parts, hits, total - hits, meter.tokens, meter.seconds, tuple(lines))
+
+
+def _completions(data: TokenizedPreferences) -> int:
+    """How many completions every pair has: 2, and 2 for each auxiliary pair."""
+    wanted = len(data.pairs[0].completions)
+    for pair, record in zip(data.pairs, data.records, strict=True):
+        if (count := len(pair.completions)) != wanted:
+            what = f"{count // 2 - 1} auxiliary pairs where others have {wanted // 2 - 1}"
+            where = f"{record.source}, row {record.row}"
+            raise DataError(what, where=where, fix="give every row as many auxiliary pairs, or none")
+    return wanted
 
 
 @dataclass
@@ -255,7 +270,7 @@ def _score_member(
 ) -> None:
     lengths = [row_length(pair.prompt_ids, pair.completions) for pair in member.items]
     known = writer.known(member.keys)
-    batches = [b for b in grouped_batches(lengths, batch_size) if any(_keys(member, i) - known.keys() for i in b)]
+    batches = [b for b in grouped_batches(lengths, batch_size) if any(set(_keys(member, i)) - known.keys() for i in b)]
     total, done = sum(lengths[i] for b in batches for i in b), 0
     plan = probe(model, row_limit=max(lengths)) if batches else None
     for batch in batches:
@@ -263,14 +278,16 @@ def _score_member(
         with meter.batch(member.reference.label, tokens, done, total):
             scores = _score_batch(model, [member.items[i] for i in batch], plan or ScoringPlan(), device)
         done += tokens
-        keys = [key for i in batch for key in member.keys[2 * i : 2 * i + 2]]
+        keys = [key for i in batch for key in _keys(member, i)]
         fresh = {key: score for key, score in zip(keys, scores, strict=True) if key not in known}
         writer.add(list(fresh), [s.logp for s in fresh.values()], [s.tokens for s in fresh.values()])
         known |= fresh
 
 
-def _keys(member: _Member, i: int) -> set[bytes]:
-    return set(member.keys[2 * i : 2 * i + 2])
+def _keys(member: _Member, i: int) -> list[bytes]:
+    """The cache keys of the completions of pair i."""
+    each = len(member.items[i].completions)
+    return member.keys[each * i : each * (i + 1)]
 
 
 def _score_batch(
