@@ -40,21 +40,23 @@ def load_classifier(source: ModelSource) -> PreTrainedModel:
     return model
 
 
-def load_adapted_classifier(adapter: str, dtype: str = "float32") -> nn.Module:
-    """The classifier that PEFT saved as an adapter with its head in folder or hub id `adapter`, on the base it names, frozen.
+def load_adapted_classifier(adapter: str, dtype: str = "float32", *, base: ModelSource | None = None) -> nn.Module:
+    """The classifier that PEFT saved as an adapter with its head in folder or hub id `adapter`, frozen.
 
-    ModelError where the base is gone, or the adapter is of another model, of another task, or came without its score head.
+    It is put on `base`, by default the model that it names, in `dtype`. ModelError where the base is gone, or the adapter is of
+    another model, of another task, or came without its score head.
     """
     from peft import PeftConfig
 
     check_adapter(adapter)
     with loading_errors(ModelSource(adapter), "adapter"):
         config = PeftConfig.from_pretrained(adapter)
-    base = config.base_model_name_or_path
-    if not base or config.task_type != "SEQ_CLS" or not getattr(config, "modules_to_save", None):
+    named = config.base_model_name_or_path
+    if not (base or named) or config.task_type != "SEQ_CLS" or not getattr(config, "modules_to_save", None):
         fix = "give an adapter of task SEQ_CLS, with the score head in modules_to_save"
         raise ModelError("this adapter brings no score head", where=adapter, fix=fix)
-    return attach_adapter(fresh_classifier(ModelSource(base, dtype=dtype), seed=0), adapter).eval()
+    source = base or ModelSource(named, dtype=dtype)
+    return attach_adapter(fresh_classifier(source, seed=0), adapter).eval()
 
 
 def fresh_classifier(source: ModelSource, *, seed: int) -> PreTrainedModel:

@@ -42,6 +42,10 @@ class ScoringPlan:
     transform: LogitTransform = LogitTransform()
 
 
+Score = Callable[[nn.Module, TokenBatch, ScoringPlan], Tensor]
+"""What a model gives each scored token of a batch under a plan: (N,), such as `token_scores`."""
+
+
 def completion_logps(model: nn.Module, batch: TokenBatch, plan: ScoringPlan) -> LogProbs:
     """log pi(y | x) = sum_t log pi(y_t | x, y_<t) for every completion of `batch`, in nats, with gradient.
 
@@ -58,14 +62,7 @@ def completion_logps(model: nn.Module, batch: TokenBatch, plan: ScoringPlan) -> 
 
 def token_scores(model: nn.Module, batch: TokenBatch, plan: ScoringPlan) -> Tensor:
     """log pi(y_t | x, y_<t) of the N scored tokens of `batch`, in its order: (N,), nats, with gradient."""
-    if plan.layout == "shared":
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        if torch.is_autocast_enabled(batch.input_ids.device.type):
-            dtype = torch.get_autocast_dtype(batch.input_ids.device.type)
-        mask: Any = shared_prompt_mask(batch, plan.mask, plan.window, dtype)
-    else:
-        mask = (batch.segment_ids >= 0).long()
-    inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids, "use_cache": False}
+    inputs = decoder_inputs(model, batch, plan)
     if not plan.fused:
         logits: Tensor = model(**inputs).logits.flatten(0, 1)[batch.source_index]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -74,8 +71,20 @@ def token_scores(model: nn.Module, batch: TokenBatch, plan: ScoringPlan) -> Tens
     return token_logps(hidden, batch.target_ids, causal_lm(model).get_output_embeddings(), plan.transform)
 
 
+def decoder_inputs(model: nn.Module, batch: TokenBatch, plan: ScoringPlan) -> dict[str, Any]:
+    """What `model` is called with for `batch` under `plan`: ids, positions and the mask of the layout."""
+    if plan.layout == "shared":
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        if torch.is_autocast_enabled(batch.input_ids.device.type):
+            dtype = torch.get_autocast_dtype(batch.input_ids.device.type)
+        mask: Any = shared_prompt_mask(batch, plan.mask, plan.window, dtype)
+    else:
+        mask = (batch.segment_ids >= 0).long()
+    return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids, "use_cache": False}
+
+
 def causal_lm(model: nn.Module) -> Any:
-    """The transformers causal language model inside distributed and PEFT wrappers."""
+    """The transformers model, a causal language model or one with a score head, inside distributed and PEFT wrappers."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     unwrap = getattr(model, "get_base_model", None)
@@ -97,13 +106,21 @@ def _last_hidden_state(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return states[-1]
 
 
-@torch.no_grad()
 def probe(model: nn.Module, *, row_limit: int | None = None) -> ScoringPlan:
+    """`find_plan` for the token log-probabilities of a language model; a head that cannot be taken apart is told too."""
+    plan = find_plan(model, token_scores, row_limit=row_limit)
+    if not plan.fused:
+        logger.warning("this model's output head cannot be taken apart; scoring holds full logits, which takes more memory")
+    return plan
+
+
+@torch.no_grad()
+def find_plan(model: nn.Module, score: Score, *, row_limit: int | None = None) -> ScoringPlan:
     """The fastest way of scoring `model` that agrees with scoring one completion at a time through its own logits.
 
     Two prompts of different length, with two completions each, are scored in rows longer than any sliding window the model has
     (`row_limit`: the longest row that will ever be scored; a window beyond it cannot matter). The model decides, not a list of
-    names: a candidate is kept when its token log-probabilities differ from one-by-one scoring by no more than batching itself
+    names: a candidate is kept when its `score` of every token differs from one-by-one scoring by no more than batching itself
     and rounding do: at most in float32 and float64, on average in half precision, where the largest rounding error of a token
     is as large as the effect of a wrong mask. Fallbacks are logged.
     """
@@ -112,19 +129,23 @@ def probe(model: nn.Module, *, row_limit: int | None = None) -> ScoringPlan:
     items = _probe_items(config, row_limit)
     training = model.training
     model.eval()
+
+    def scores(some: list[Item], plan: ScoringPlan) -> Tensor:
+        return score(model, to_device(collate(some, layout=plan.layout), device), plan)
+
     try:
         plain = ScoringPlan(layout="separate", fused=False)
-        one_by_one = torch.cat([_score_items(model, [(p, [c])], plain, device) for p, cs in items for c in cs])
+        one_by_one = torch.cat([scores([(p, [c])], plain) for p, cs in items for c in cs])
         if not torch.isfinite(one_by_one).all():
-            raise ModelError("the model gives log-probabilities that are not finite", fix="check its weights and dtype")
-        noise = (_score_items(model, items, plain, device) - one_by_one).abs()
+            raise ModelError("the model gives scores that are not finite", fix="check its weights and dtype")
+        noise = (scores(items, plain) - one_by_one).abs()
         eps = torch.finfo(next(model.parameters()).dtype).eps
         half = eps > HALF_EPS
         size: Size = torch.mean if half else torch.max
         batching, rounding = (4, eps / 4) if half else (8, 4 * eps)
         tolerance = float(batching * size(noise) + rounding * size(one_by_one.abs()))
         for plan in _candidates(config):
-            reason = _disagreement(model, items, plan, one_by_one, tolerance, size, device)
+            reason = _disagreement(scores, items, plan, one_by_one, tolerance, size)
             if reason is None:
                 break
             logger.info("scoring as %s, %s masks, %s head: %s", plan.layout, plan.mask, _head_name(plan), reason)
@@ -134,8 +155,6 @@ def probe(model: nn.Module, *, row_limit: int | None = None) -> ScoringPlan:
         model.train(training)
     if plan.layout == "separate":
         logger.warning("this model cannot share a prompt between completions; scoring one row a completion, which is slower")
-    if not plan.fused:
-        logger.warning("this model's output head cannot be taken apart; scoring holds full logits, which takes more memory")
     return plan
 
 
@@ -167,20 +186,20 @@ def _probe_items(config: PretrainedConfig, row_limit: int | None) -> list[Item]:
     return [(draw(prompt), [draw(n) for n in completions]) for prompt, completions in lengths]
 
 
-def _score_items(model: nn.Module, items: list[Item], plan: ScoringPlan, device: torch.device) -> Tensor:
-    batch = to_device(collate(items, layout=plan.layout), device)
-    return token_scores(model, batch, plan)
-
-
 def _disagreement(
-    model: nn.Module, items: list[Item], plan: ScoringPlan, expected: Tensor, tolerance: float, size: Size, device: torch.device
+    scores: Callable[[list[Item], ScoringPlan], Tensor],
+    items: list[Item],
+    plan: ScoringPlan,
+    expected: Tensor,
+    tolerance: float,
+    size: Size,
 ) -> str | None:
-    """Why `plan` is not usable for `model`, or None. A model may refuse a mask with any exception at all."""
+    """Why `plan` is not usable, or None. A model may refuse a mask with any exception at all."""
     try:
-        difference = float(size((_score_items(model, items, plan, device) - expected).abs()))
+        difference = float(size((scores(items, plan) - expected).abs()))
     except Exception as error:  # noqa: BLE001
         return f"{type(error).__name__}: {error}"
-    return None if difference <= tolerance else f"token log-probabilities differ by {difference:.2g} (allowed {tolerance:.2g})"
+    return None if difference <= tolerance else f"token scores differ by {difference:.2g} (allowed {tolerance:.2g})"
 
 
 def _head_name(plan: ScoringPlan) -> str:

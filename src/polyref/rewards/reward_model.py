@@ -1,0 +1,181 @@
+"""A trained reward model as a reward: texts in, numbers out, each prompt passed once for all its completions."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor, nn
+
+from polyref.data.collate import Item, collate, grouped_batches, row_length
+from polyref.data.tokenize import tokenize_records, tokenizer_fingerprint
+from polyref.data.truncate import check_truncation
+from polyref.errors import DataError
+from polyref.references.score import check_fit
+from polyref.rewards.classifier import is_adapter, load_adapted_classifier, load_classifier
+from polyref.rewards.protocols import check_rewards, check_rows
+from polyref.scoring.logprobs import causal_lm, to_device
+from polyref.scoring.models import ModelSource, default_device, load_tokenizer, loading_errors, module_fingerprint
+from polyref.scoring.score_head import probe_rewards, rewards_and_features, score_head, settle_padding
+from polyref.stages import content_digest
+from polyref.types import PreferenceRecord, Text, TokenBatch, TokenizedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_AT_ONCE = 4
+"""Completions of one prompt that share a row."""
+
+
+class RewardModel:
+    """r(x, y): a sequence classifier with one logit, as a `Reward`.
+
+    The value is the model's own for the tokens of prompt + completion: strings as raw text with BOS and EOS, messages through
+    the chat template up to the end of the assistant's turn. It does not depend on the other rows, nor, but for rounding, on
+    `batch_size`. The model is frozen and switched to evaluation.
+
+    Args:
+        model: the classifier, a PEFT model too.
+        tokenizer: the one it was trained with.
+        name: what reports call it.
+        max_length: cut prompt + completion to so many tokens; by default nothing is cut, and what the model's context cannot
+            hold is refused.
+        truncation_mode: keep_start cuts the end of the completion, keep_end the start of the prompt.
+        batch_size: prompts in one forward pass.
+        device: by default the accelerator, if there is one.
+
+    Raises ModelError for a model without a head of one number; calls raise DataError naming the row that cannot be scored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "reward model",
+        max_length: int | None = None,
+        truncation_mode: str = "keep_start",
+        batch_size: int = 8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_truncation(max_length, truncation_mode)
+        score_head(model, name)
+        settle_padding(model, tokenizer, name)
+        self.device = torch.device(device) if device is not None else default_device()
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.tokenizer, self.name, self.batch_size = tokenizer, name, batch_size
+        self.max_length, self.truncation_mode = max_length, truncation_mode
+        self.plan = probe_rewards(self.model, row_limit=max_length)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        tokenizer: str | None = None,
+        dtype: str = "float32",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        name: str | None = None,
+        max_length: int | None = None,
+        truncation_mode: str = "keep_start",
+        batch_size: int = 8,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """The reward model at hub id or folder `model`: a whole classifier, or a PEFT adapter saved with its score head.
+
+        `adapter` names such an adapter where `model` is its base; an adapter given as `model` is put on the base it names. The
+        tokenizer is the one beside the weights, unless `tokenizer` names another. ModelError says in one line what is wrong.
+        """
+        source = ModelSource(str(model), None, dtype, revision, trust_remote_code)
+        saved = adapter if adapter is not None else model if is_adapter(model) else None
+        if saved is None:
+            network: nn.Module = load_classifier(source)
+        else:
+            network = load_adapted_classifier(str(saved), dtype, base=source if adapter is not None else None)
+        words = load_tokenizer(replace(source, model=tokenizer)) if tokenizer else _tokenizer_beside(saved, source, network)
+        return cls(
+            network,
+            words,
+            name=name or Path(str(saved if saved is not None else model)).name,
+            max_length=max_length,
+            truncation_mode=truncation_mode,
+            batch_size=batch_size,
+            device=device,
+        )
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Tensor:
+        """N prompts and a completion of each -> their rewards, (N,) float64 on the CPU."""
+        return check_rewards(self._score(prompts, completions)[0], len(prompts), self.name)
+
+    def features(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Tensor:
+        """What the score head reads: (N, d) float64 on the CPU; a reward is the head's weight times this, and its bias."""
+        return self._score(prompts, completions)[1]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits: of weights, tokenizer and cut, which with the text decide a reward."""
+        parts = (module_fingerprint(self.model), tokenizer_fingerprint(self.tokenizer), self.max_length, self.truncation_mode)
+        return content_digest(list(parts))
+
+    @torch.no_grad()
+    def _score(self, prompts: Sequence[Text], completions: Sequence[Text]) -> tuple[Tensor, Tensor]:
+        """Rewards (N,) and features (N, d): rows of one prompt share it, and rows of similar length a batch."""
+        n = check_rows(self.name, prompts, completions)
+        values = torch.empty(n, dtype=torch.float64)
+        features = torch.empty(n, score_head(self.model)[1].in_features, dtype=torch.float64)
+        for rows, batch in self._batches(self._tokens(prompts, completions)):
+            r, phi = rewards_and_features(self.model, to_device(batch, self.device), self.plan)
+            values[rows], features[rows] = r.flatten().cpu().to(values), phi.flatten(0, 1).cpu().to(features)
+        return values, features
+
+    def _tokens(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[TokenizedPair]:
+        """Each row as the pair of its completion with itself, so that where the prompt ends is its own affair."""
+        rows = zip(prompts, completions, strict=True)
+        records = [PreferenceRecord(x, y, y, source=self.name, row=i) for i, (x, y) in enumerate(rows, 1)]
+        data = tokenize_records(records, self.tokenizer, max_length=self.max_length, truncation_mode=self.truncation_mode)
+        if data.report.dropped_rows:
+            _, row = data.report.dropped_rows[0]
+            fix = "raise max_length, or leave out empty completions"
+            raise DataError("no token of the completion is left", where=f"{self.name}, row {row}", fix=fix)
+        if cut := sum(pair.chosen_cut for pair in data.pairs):
+            logger.warning("%s: %d completions were cut, to %s tokens with their prompt", self.name, cut, self.max_length)
+        check_fit(causal_lm(self.model).config, data.pairs, data.records, self.name)
+        return data.pairs
+
+    def _batches(self, pairs: Sequence[TokenizedPair]) -> Iterator[tuple[list[int], TokenBatch]]:
+        """Row numbers and their completions, at most `_AT_ONCE` of one prompt in a row of the batch."""
+        by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, pair in enumerate(pairs):
+            by_prompt[pair.prompt_ids].append(i)
+        by_count: dict[int, list[list[int]]] = defaultdict(list)
+        for rows in by_prompt.values():
+            for start in range(0, len(rows), _AT_ONCE):
+                some = rows[start : start + _AT_ONCE]
+                by_count[len(some)].append(some)
+        for groups in by_count.values():
+            items: list[Item] = [(pairs[rows[0]].prompt_ids, [pairs[i].chosen_ids for i in rows]) for rows in groups]
+            for batch in grouped_batches([row_length(*item) for item in items], self.batch_size):
+                yield [i for g in batch for i in groups[g]], collate([items[g] for g in batch], layout=self.plan.layout)
+
+
+def _tokenizer_beside(saved: str | Path | None, source: ModelSource, network: nn.Module) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with an adapter, else the one of the model it is on, or of the whole model at `source`."""
+    if saved is None:
+        return load_tokenizer(source)
+    if not (Path(saved).expanduser() / "tokenizer_config.json").is_file():
+        return load_tokenizer(replace(source, model=causal_lm(network).config._name_or_path))
+    from transformers import AutoTokenizer
+
+    with loading_errors(ModelSource(str(saved)), "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(saved)
+    return tokenizer
