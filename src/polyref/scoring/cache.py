@@ -1,8 +1,8 @@
-"""Sequence log-probabilities kept on disk, addressed by content: by who scored, and by the exact token ids that were scored.
+"""Scores kept on disk, addressed by content: by who scored, and by exactly what was scored.
 
-A row's address is the scorer (weights, adapter, system prompt, template, tokenizer, dtype) and the token ids after truncation.
-Nothing else enters it, so another learning rate, weight vector or output folder finds the same rows, and another `max_length`
-can never return a stale one.
+The address of a sequence log-probability is the scorer (weights, adapter, system prompt, template, tokenizer, dtype) and the
+token ids after truncation. Nothing else enters it, so another learning rate, weight vector or output folder finds the same
+rows, and another `max_length` can never return a stale one. Rewards are kept by the same means in `polyref.rewards.cached`.
 
     FOLDER/<scorer digest>/key.json                what the scorer is, for people
     FOLDER/<scorer digest>/part-<xxh3>.parquet     rows (key, logp, tokens); the name carries the checksum of the bytes
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_type_hints, overload
 
 import filelock
 import xxhash
@@ -35,6 +35,19 @@ logger = logging.getLogger(__name__)
 
 _LAYOUT = "polyref log-probabilities 2"  # part of every scorer digest: a change of what is stored starts a new cache
 _KEY_BYTES = 16
+_ARROW_TYPES = {float: "float64", int: "int32"}
+
+Row = TypeVar("Row", bound=tuple[Any, ...])
+"""What is kept under a key: a NamedTuple of float and int, the first of them a score."""
+
+
+class Key(Protocol):
+    """Who scored, as a frozen dataclass; its `digest` covers every field, and the kind of row that is kept."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def digest(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +80,23 @@ def row_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
     return xxhash.xxh3_128_digest(numbers.tobytes())
 
 
-class LogProbCache:
-    """A folder of log-probabilities, shared by any number of processes at once."""
+class ScoreCache(Generic[Row]):
+    """A folder of scores, log-probabilities unless another `row` is named, shared by any number of processes at once."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    @overload
+    def __init__(self: LogProbCache, folder: str | Path) -> None: ...
+    @overload
+    def __init__(self, folder: str | Path, row: type[Row]) -> None: ...
+    def __init__(self, folder: str | Path, row: Any = CachedScore) -> None:
+        self.folder, self._row = Path(folder), row
         self._verified: dict[Path, pa.Table] = {}
 
-    def lookup(self, scorer: ScorerKey, keys: Iterable[bytes]) -> dict[bytes, CachedScore]:
+    def lookup(self, scorer: Key, keys: Iterable[bytes]) -> dict[bytes, Row]:
         """The scores on disk of those of `keys` that are known. Takes no lock: it may miss what another process is adding."""
-        return _select(self._read(self._folder(scorer)), keys)
+        return _select(self._read(self._folder(scorer)), keys, self._row)
 
     @contextmanager
-    def writer(self, scorer: ScorerKey, *, flush_rows: int = 4096, flush_seconds: float = 5.0) -> Iterator[CacheWriter]:
+    def writer(self, scorer: Key, *, flush_rows: int = 4096, flush_seconds: float = 5.0) -> Iterator[CacheWriter[Row]]:
         """The one writer of `scorer`. A second process waits here until the first is done, then finds all that it scored.
 
         Ask `known` inside the block, score the rest, and `add` it: so nothing is scored twice. Rows reach the disk every
@@ -92,14 +109,14 @@ class LogProbCache:
         folder = self._folder(scorer)
         with write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _wait_for(folder / ".lock", scorer)
+            lock = _wait_for(folder / ".lock")
         try:
             with write_errors(folder):
                 remove_temporaries(folder)
                 description = folder / "key.json"
                 if not description.exists():
                     write_bytes(description, (json.dumps(asdict(scorer), indent=2) + "\n").encode())
-            writer = CacheWriter(folder, self._read(folder), flush_rows, flush_seconds)
+            writer = CacheWriter(folder, self._read(folder), self._row, flush_rows, flush_seconds)
             try:
                 yield writer
             except BaseException:
@@ -111,7 +128,7 @@ class LogProbCache:
         finally:
             lock.release()
 
-    def _folder(self, scorer: ScorerKey) -> Path:
+    def _folder(self, scorer: Key) -> Path:
         return self.folder / scorer.digest
 
     def _read(self, folder: Path) -> pa.Table:
@@ -135,7 +152,7 @@ class LogProbCache:
             else:
                 break
         tables = [self._verified[path] for path in paths if path in self._verified]
-        return pa.concat_tables(tables) if tables else _table([], [], [])
+        return pa.concat_tables(tables) if tables else _table([], [], self._row)
 
     def _compact(self, folder: Path) -> None:
         paths = sorted(folder.glob("part-*.parquet"))
@@ -150,32 +167,39 @@ class LogProbCache:
                     path.unlink(missing_ok=True)
 
 
-class CacheWriter:
-    """What `LogProbCache.writer` yields; alone in its folder as long as the block lasts."""
+LogProbCache = ScoreCache[CachedScore]
+"""A cache of sequence log-probabilities."""
 
-    def __init__(self, folder: Path, rows: pa.Table, flush_rows: int, flush_seconds: float) -> None:
-        self._folder, self._rows = folder, rows
+
+class CacheWriter(Generic[Row]):
+    """What `ScoreCache.writer` yields; alone in its folder as long as the block lasts."""
+
+    def __init__(self, folder: Path, rows: pa.Table, row: type[Row], flush_rows: int, flush_seconds: float) -> None:
+        self._folder, self._rows, self._row = folder, rows, row
         self._flush_rows, self._flush_seconds = flush_rows, flush_seconds
-        self._pending: dict[bytes, CachedScore] = {}
+        self._pending: dict[bytes, Row] = {}
         self._flushed_at = time.monotonic()
 
-    def known(self, keys: Iterable[bytes]) -> dict[bytes, CachedScore]:
+    def known(self, keys: Iterable[bytes]) -> dict[bytes, Row]:
         """The scores of those of `keys` that need no scoring: on disk, or added in this block."""
         keys = list(keys)
-        return _select(self._rows, keys) | {key: self._pending[key] for key in keys if key in self._pending}
+        return _select(self._rows, keys, self._row) | {key: self._pending[key] for key in keys if key in self._pending}
 
-    def add(self, keys: Sequence[bytes], logps: Iterable[float], tokens: Iterable[int]) -> None:
-        """Keep one score a key: `logps` in nats, and how many `tokens` each sums over.
+    def add(self, keys: Sequence[bytes], *columns: Iterable[float]) -> None:
+        """Keep one row a key, a column for each of its fields: log-probs in nats, and how many tokens each sums over.
 
         Raises:
-            ModelError: a log-probability is NaN or +inf (-inf, no support, is a value).
+            ModelError: a score, the first column, is NaN or +inf (-inf, no support, is a log-probability).
             RunFolderError: the disk is full or the folder cannot be written; the rows stay pending.
         """
-        scores = [CachedScore(float(logp), int(count)) for logp, count in zip(logps, tokens, strict=True)]
-        bad = sum(not score.logp < float("inf") for score in scores)
+        kinds = get_type_hints(self._row).values()
+        typed = (map(kind, values) for kind, values in zip(kinds, columns, strict=True))
+        scores = [self._row(*values) for values in zip(*typed, strict=True)]
+        bad = sum(not score[0] < float("inf") for score in scores)
         if bad:
+            what = "log-probabilities" if self._row is CachedScore else "scores"
             fix = "score in float32 or check the model's weights"
-            raise ModelError(f"{bad} of {len(scores)} log-probabilities are NaN or infinite", fix=fix)
+            raise ModelError(f"{bad} of {len(scores)} {what} are NaN or infinite", fix=fix)
         self._pending.update(zip(keys, scores, strict=True))
         if len(self._pending) >= self._flush_rows or time.monotonic() - self._flushed_at >= self._flush_seconds:
             self.flush()
@@ -185,32 +209,29 @@ class CacheWriter:
         import pyarrow as pa
 
         if self._pending:
-            logps, tokens = zip(*self._pending.values(), strict=True)
-            rows = _table(list(self._pending), logps, tokens).sort_by("key")
+            rows = _table(list(self._pending), list(self._pending.values()), self._row).sort_by("key")
             _write_part(self._folder, rows)
             self._rows = pa.concat_tables([self._rows, rows])
             self._pending = {}
         self._flushed_at = time.monotonic()
 
 
-def _table(keys: Sequence[bytes], logps: Sequence[float], tokens: Sequence[int]) -> pa.Table:
+def _table(keys: Sequence[bytes], scores: Sequence[tuple[Any, ...]], row: type[tuple[Any, ...]]) -> pa.Table:
     import pyarrow as pa
 
-    columns = {
-        "key": pa.array(keys, pa.binary(_KEY_BYTES)),
-        "logp": pa.array(logps, pa.float64()),
-        "tokens": pa.array(tokens, pa.int32()),
-    }
-    return pa.table(columns)
+    arrays = {"key": pa.array(keys, pa.binary(_KEY_BYTES))}
+    for i, (name, kind) in enumerate(get_type_hints(row).items()):
+        arrays[name] = pa.array([score[i] for score in scores], _ARROW_TYPES[kind])
+    return pa.table(arrays)
 
 
-def _select(rows: pa.Table, keys: Iterable[bytes]) -> dict[bytes, CachedScore]:
+def _select(rows: pa.Table, keys: Iterable[bytes], row: type[Row]) -> dict[bytes, Row]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
     wanted = pa.array(list(keys), pa.binary(_KEY_BYTES))
     found = rows.filter(pc.is_in(rows["key"], value_set=wanted))
-    scores = map(CachedScore, found["logp"].to_pylist(), found["tokens"].to_pylist())
+    scores = map(row, *(found[name].to_pylist() for name in get_type_hints(row)))
     return dict(zip(found["key"].to_pylist(), scores, strict=True))
 
 
@@ -250,11 +271,11 @@ def _set_aside(path: Path) -> None:
         path.rename(path.with_name(path.name + ".torn"))
 
 
-def _wait_for(path: Path, scorer: ScorerKey) -> filelock.BaseFileLock:
+def _wait_for(path: Path) -> filelock.BaseFileLock:
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        logger.info("another process is scoring with %s; waiting for what it finds", scorer.weights)
+        logger.info("another process is scoring into %s; waiting for what it finds", path.parent)
         lock.acquire()
     return lock
