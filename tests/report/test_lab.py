@@ -132,7 +132,7 @@ def test_markdown_and_page_hold_everything(tmp_path: Path) -> None:
     svgs = {"some-gap": draw(result())["svg"]}
     page = write_lab_page(tmp_path / "lab.html", [result()], svgs, {"some-gap": None}).read_text(encoding="utf-8")
     assert page.count("<svg") == 1 and "A gap &amp; its &lt;rate&gt;" in page and "Measured: -1." in page
-    assert '<svg style="--ink: #222222"' in page and 'id="figure_1"' not in page
+    assert '<svg style="--ink: #222222;' in page and 'id="figure_1"' not in page
     assert "<?xml" not in page and "--replicates 9 --seed 4" in page
 
 

@@ -51,8 +51,8 @@ class Meter:
             self.told[what] = now
             start, before = self.started[what]
             rate = (done - before) / max(now - start, 1e-9)
-            left = f"{(total - done) / rate:.0f} s left" if rate else "no rate yet"
-            logger.info("%s: %d of %d %s, %.3g a second, %s", what, done, total, self.unit, rate, left)
+            pace = f", {rate:.3g} a second, {(total - done) / rate:.0f} s left" if rate else ""
+            logger.info("%s: %d of %d %s%s", what, done, total, self.unit, pace)
 
 
 class TrainingProgress(TrainerCallback):

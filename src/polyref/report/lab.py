@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,14 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 """Okabe and Ito's palette, distinct to colour-blind readers; markers and dashes tell the curves apart without colour."""
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _PANEL = (4.6, 3.5)  # inches
 _COLUMNS = 2
 _DPI = 150
 _MARKED, _SPACING = 16, 0.06  # a curve of more points has markers this far apart, in diagonals of the panel
 _BAND_POINTS = 4  # from here on an interval is a band; below, error bars
-_LEGEND_ROWS = 6  # a longer legend stands below its panel
+_LEGEND_ROWS = 3  # a longer legend stands below its panel, where it covers nothing
+_TITLE, _PANEL_TITLE = 56, 50  # characters a line that a panel's width holds
 _UNDATED = ("Date", "Creator", "Format", "Type")
 _TICKS, _MOST_SIZES, _DECADES = 6, 12, 2.5
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -64,9 +66,10 @@ def draw(result: ExperimentResult) -> dict[str, bytes]:
         columns = min(_COLUMNS, max(1, len(result.panels)))
         rows = max(1, math.ceil(len(result.panels) / columns))
         heights = [max(map(_height, result.panels[columns * row : columns * (row + 1)]), default=1.0) for row in range(rows)]
-        size = (_PANEL[0] * columns + (1.2 if columns == 1 else 0), _PANEL[1] * sum(heights) + 0.4)
+        lines = len(_wrapped(result.title, _TITLE * columns).splitlines())
+        size = (_PANEL[0] * columns + (1.2 if columns == 1 else 0), _PANEL[1] * sum(heights) + 0.2 + 0.2 * lines)
         figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-        figure.suptitle(one_line(result.title, 66 * columns), x=0.01, ha="left", weight="bold")
+        figure.suptitle(_wrapped(result.title, _TITLE * columns), x=0.01, ha="left", weight="bold", size=11)
         grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flatten()
         for axes, panel in zip(grid, result.panels, strict=False):
             _panel(axes, panel)
@@ -81,13 +84,17 @@ def _saved(figure: Figure, form: str, metadata: dict[str, None]) -> bytes:
     return buffer.getvalue()
 
 
+def _wrapped(title: str, width: int) -> str:
+    return textwrap.fill(one_line(title, 3 * width), width)
+
+
 def _entries(panel: Panel) -> int:
     return len(panel.curves) + len(panel.guides)
 
 
 def _height(panel: Panel) -> float:
     """Of a panel, in units of the usual one."""
-    below = 0.055 * _entries(panel) if _entries(panel) > _LEGEND_ROWS else 0.0
+    below = 0.06 * math.ceil(_entries(panel) / 2) if _entries(panel) > _LEGEND_ROWS else 0.0
     return 1.0 + below + 0.08 * max(0, len(panel.categories) - 8)
 
 
@@ -107,11 +114,11 @@ def _panel(axes: Axes, panel: Panel) -> None:
         axes.grid(visible=False, axis="x")
         axes.set_xlim(-0.5, len(names) - 0.5)
     _ticks(axes, panel)
-    axes.set_title(one_line(panel.title, 60))
+    axes.set_title(_wrapped(panel.title, _PANEL_TITLE))
     axes.set_xlabel(one_line(panel.x_label, 60))
     axes.set_ylabel(one_line(panel.y_label, 50))
     if _entries(panel) > _LEGEND_ROWS:
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18 - 0.1 * bool(panel.categories)), ncols=2, handlelength=2.6)
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18 - 0.1 * bool(panel.categories)), ncols=2, handlelength=2.4, columnspacing=1)
     elif _entries(panel) > 1 or panel.guides:
         axes.legend(loc="best", handlelength=2.6)
 

@@ -16,6 +16,12 @@ from polyref.theory.results import Cell, Estimate, ExperimentResult
 SLOPE_COLUMNS = ("slope of", "statistic", "measured", "claimed", "points", "note")
 
 
+SOURCES = (
+    "Sources: [MR] arXiv 2502.01203, many references; [IT] arXiv 2312.11456, iterative learning; [VR] arXiv 2504.03784, variance "
+    "reduction; [DR] arXiv 2506.01183, double robustness; [RSO] arXiv 2309.06657, rejection sampling."
+)
+
+
 def as_text(result: ExperimentResult) -> str:
     """Title, table with intervals, slopes, the finding, notes: what `polyref lab` prints."""
     parts = [f"{result.title}\n{'=' * len(result.title)}\n", _text_table(result.table.columns, result.table.rows)]
@@ -46,7 +52,7 @@ def as_markdown(results: Sequence[ExperimentResult], seconds: Mapping[str, float
     rows = [[f"[{r.name}](#{r.name})", r.agreement, r.finding, _seconds(seconds.get(r.name))] for r in results]
     parts = [
         "# What the lab measured\n",
-        "Written by `polyref lab all`; every section has the command that makes it again.\n",
+        f"Written by `polyref lab all`; every section has the command that makes it again. {_md(SOURCES)}\n",
         _markdown_table(("experiment", "verdict", "finding", "time"), rows),
     ]
     for result in results:
@@ -81,7 +87,8 @@ def write_lab_page(
     opening = [
         "Exact KL-regularised bandits, whose optimum is known, measure what the papers claim: rates, coverage, pessimism, "
         "exploration, variance reduction and what several references do.",
-        "Every number comes with a 95% interval over replicates; dashed lines are the claimed rates.",
+        "Intervals are 95%, over replicates; dashed lines without markers are guides, such as claimed rates, named in the legends.",
+        SOURCES,
     ]
     return page.write_page(path, title="The theory lab", summary=opening, sections=sections)
 
@@ -156,6 +163,6 @@ def _inline(svg: bytes) -> str:
     element = document[document.index("<svg") :].strip()
     for size in ("width", "height"):
         element = re.sub(rf'^(<svg[^>]*?) {size}="[^"]*"', r"\1", element)
-    element = element.replace("<svg", '<svg style="--ink: #222222"', 1)
+    element = element.replace("<svg", '<svg style="--ink: #222222; max-width: 60rem; border-radius: 6px"', 1)
     element = re.sub(r' id="[a-z]+[\d_.]*_\d+"', "", element)
     return re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
