@@ -84,7 +84,7 @@ class ScoreCache(Generic[Row]):
     """A folder of scores, log-probabilities unless another `row` is named, shared by any number of processes at once."""
 
     @overload
-    def __init__(self: LogProbCache, folder: str | Path) -> None: ...
+    def __init__(self: ScoreCache[CachedScore], folder: str | Path) -> None: ...
     @overload
     def __init__(self, folder: str | Path, row: type[Row]) -> None: ...
     def __init__(self, folder: str | Path, row: Any = CachedScore) -> None:
@@ -167,8 +167,8 @@ class ScoreCache(Generic[Row]):
                     path.unlink(missing_ok=True)
 
 
-LogProbCache = ScoreCache[CachedScore]
-"""A cache of sequence log-probabilities."""
+LogProbCache = ScoreCache
+"""The name under which no other row is given: a cache of sequence log-probabilities."""
 
 
 class CacheWriter(Generic[Row]):
