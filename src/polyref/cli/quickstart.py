@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from polyref.cli.settings import LoraSettings
-from polyref.cli.train import DEFAULTS, PolicySettings, refuse_many_processes, train
+from polyref.cli.train import PolicySettings, train
+from polyref.cli.training_run import DEFAULTS, refuse_many_processes
 from polyref.data.sources import by_prompt
 from polyref.errors import DataError
 from polyref.references.reference_set import Reference, ReferenceSet

@@ -61,7 +61,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> None:
     """Score, and say how much was found in the cache and how fast the rest went."""
     from polyref.cli.progress import Meter
-    from polyref.cli.train import pick
+    from polyref.cli.training_run import pick
     from polyref.data.tokenize import tokenize_records
     from polyref.references.score import score_references
     from polyref.scoring.models import ModelSource, cache_home, load_tokenizer

@@ -58,7 +58,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> None:
     """Write the report to standard output. DataError, with counts, where any row cannot be used."""
-    from polyref.cli.train import pick
+    from polyref.cli.training_run import pick
     from polyref.data.validate import validate_preferences
     from polyref.data.validation_text import render_report
 
