@@ -118,7 +118,8 @@ def _panel(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel(one_line(panel.x_label, 60))
     axes.set_ylabel(one_line(panel.y_label, 50))
     if _entries(panel) > _LEGEND_ROWS:
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18 - 0.1 * bool(panel.categories)), ncols=2, handlelength=2.4, columnspacing=1)
+        below = -0.18 - 0.1 * bool(panel.categories)
+        axes.legend(loc="upper left", bbox_to_anchor=(0, below), ncols=2, handlelength=2.4, columnspacing=1)
     elif _entries(panel) > 1 or panel.guides:
         axes.legend(loc="best", handlelength=2.6)
 

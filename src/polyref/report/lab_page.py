@@ -17,8 +17,8 @@ SLOPE_COLUMNS = ("slope of", "statistic", "measured", "claimed", "points", "note
 
 
 SOURCES = (
-    "Sources: [MR] arXiv 2502.01203, many references; [IT] arXiv 2312.11456, iterative learning; [VR] arXiv 2504.03784, variance "
-    "reduction; [DR] arXiv 2506.01183, double robustness; [RSO] arXiv 2309.06657, rejection sampling."
+    "Sources: [MR] arXiv 2502.01203, many references; [IT] arXiv 2312.11456, iterative learning; [VR] arXiv 2504.03784, "
+    "variance reduction; [DR] arXiv 2506.01183, double robustness; [RSO] arXiv 2309.06657, rejection sampling."
 )
 
 
@@ -87,7 +87,7 @@ def write_lab_page(
     opening = [
         "Exact KL-regularised bandits, whose optimum is known, measure what the papers claim: rates, coverage, pessimism, "
         "exploration, variance reduction and what several references do.",
-        "Intervals are 95%, over replicates; dashed lines without markers are guides, such as claimed rates, named in the legends.",
+        "Intervals are 95%, over replicates; dashed lines without markers are guides, such as claimed rates, named in legends.",
         SOURCES,
     ]
     return page.write_page(path, title="The theory lab", summary=opening, sections=sections)
