@@ -1,0 +1,87 @@
+"""The settings of a judge: which one, how it is asked, and what it may cost. Checked when made."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from polyref.errors import ConfigError
+
+_OURS = ("model", "messages", "n", "stream", "temperature", "max_tokens", "max_completion_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeSettings:
+    """Which judge is asked, how, and what it may cost.
+
+    Args:
+        base_url: of an OpenAI-compatible server, as in http://127.0.0.1:8000/v1; chat/completions is added.
+        model: the name the server knows the judge by.
+        key_variable: the environment variable that holds the key; none for a server that asks for none.
+        criterion: the sentence that tells the judge what better means.
+        average: how the verdicts in both orders become one probability: log_odds or probability.
+        tries: how often a question is asked until the reply is a verdict.
+        temperature: of the judge; none leaves it to the server.
+        reply_tokens: the longest reply in tokens; one that is cut is no verdict.
+        limit_name: what the server calls that limit: max_tokens or max_completion_tokens.
+        extra_body: further fields of every request.
+        timeout: seconds until a request counts as lost.
+        attempts: how often a request is sent until the server answers it.
+        first_wait: seconds before the second attempt; the wait doubles with each.
+        longest_wait: the longest wait in seconds; a server that asks for more ends the run.
+        concurrency: requests under way at once.
+        max_requests: budget of requests, over all runs with one transcript; none for no limit.
+        max_tokens: budget of tokens, requests and replies together; none for no limit.
+    """
+
+    base_url: str
+    model: str
+    key_variable: str | None = None
+    criterion: str = "Better means more helpful, honest and harmless."
+    average: str = "log_odds"
+    tries: int = 3
+    temperature: float | None = 0.0
+    reply_tokens: int = 32
+    limit_name: str = "max_tokens"
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float = 60.0
+    attempts: int = 6
+    first_wait: float = 1.0
+    longest_wait: float = 60.0
+    concurrency: int = 4
+    max_requests: int | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            address = urlsplit(self.base_url)
+            usable = address.scheme in ("http", "https") and bool(address.hostname) and not address.query
+            usable = usable and address.port != 0 and self.base_url.isprintable() and " " not in self.base_url
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ConfigError("base_url is no address of a server", fix="give one like http://127.0.0.1:8000/v1")
+        if address.username is not None or address.password is not None:
+            raise ConfigError("base_url holds a password", fix="name an environment variable in key_variable")
+        for name in ("tries", "reply_tokens", "attempts", "concurrency", "max_requests", "max_tokens"):
+            if (value := getattr(self, name)) is not None and not (type(value) is int and value >= 1):
+                raise ConfigError(f"{name} is {value!r}", fix="give a whole number from 1")
+        for name in ("timeout", "first_wait", "longest_wait"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}", fix="give seconds above 0")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature is {self.temperature}", fix="give a number from 0")
+        if self.limit_name not in ("max_tokens", "max_completion_tokens"):
+            raise ConfigError(f"limit_name is {self.limit_name!r}", fix="use 'max_tokens' or 'max_completion_tokens'")
+        try:
+            json.dumps(dict(self.extra_body))
+        except (TypeError, ValueError):
+            raise ConfigError("extra_body cannot be written as JSON", fix="give names with plain values") from None
+        if taken := sorted(set(_OURS) & set(self.extra_body)):
+            raise ConfigError(
+                f"extra_body holds {', '.join(taken)}", fix="these have settings of their own, or must stay as they are"
+            )
