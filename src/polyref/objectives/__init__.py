@@ -5,7 +5,13 @@ them as a control variate; `doubly_robust` estimates how often a policy beats th
 summarises pairs.
 """
 
-from polyref.objectives.doubly_robust import ImportanceDiagnostics, doubly_robust_value, importance_diagnostics
+from polyref.objectives.doubly_robust import (
+    ImportanceDiagnostics,
+    direct_value,
+    doubly_robust_value,
+    importance_diagnostics,
+    kl_penalty,
+)
 from polyref.objectives.metrics import Interval, mean_interval, preference_accuracy
 from polyref.objectives.pairwise import LOSSES, PairLoss, dr_dpo, hinge, ipo, pair_loss, robust, sigmoid, smoothed
 from polyref.objectives.variance_reduced import (
@@ -22,11 +28,13 @@ __all__ = [
     "Interval",
     "PairLoss",
     "VarianceReduced",
+    "direct_value",
     "dr_dpo",
     "doubly_robust_value",
     "hinge",
     "importance_diagnostics",
     "ipo",
+    "kl_penalty",
     "mean_interval",
     "optimal_control",
     "pair_loss",

@@ -9,6 +9,12 @@ has the mean E_{y~pi} P(y beats mu) if g is right (whatever mu is taken to be in
 if either is. The policy that maximises that mean - beta KL(pi || anchor) is anchor exp(P(y beats mu)/beta)/Z, the optimum of
 `ipo` and not that of the regularised reward. Clipping the ratios bounds the variance and gives up the half that rests on mu:
 log the share clipped. Source: [DR] arXiv 2506.01183.
+
+The expectation over pi takes draws. Made before training, they are pairs (a1, a2) of independent completions from a KNOWN law
+q, with g(a1, a2): by exact weights pi/q, `direct_value` has the mean E_{y~pi} g(y beats q), and `kl_penalty` that of the KL.
+With q for mu in all weights, the estimate of the win rate over q is consistent if g is right, whatever law the data pairs had,
+or if they were drawn from q, whatever g. The gradient of all three parts vanishes where a pair's completions are equal, so
+leaving such pairs out, of the data as of the draws, multiplies the gradient at a prompt by one factor.
 """
 
 from __future__ import annotations
@@ -54,6 +60,39 @@ def doubly_robust_value(
             raise ConfigError(f"{name} has shape {tuple(value.shape)} for pairs of shape {tuple(shape)}", fix="give one a pair")
     residual = torch.as_tensor(z, dtype=g.dtype, device=g.device) - g.detach()
     return direct + 0.5 * (_ratio(log_ratio_first, clip) - _ratio(log_ratio_second, clip)) * residual
+
+
+def direct_value(g: Tensor, log_ratio_first: Tensor, log_ratio_second: Tensor, *, clip: float | None = None) -> Tensor:
+    """1/2 + 1/2 (w1 - w2) (g - 1/2), of mean E_{y~pi} g(y beats q): (...), with gradient in the weights alone.
+
+    The pair is drawn independently from q, g (...) is the auxiliary model's P(first preferred), antisymmetric, and the
+    log-ratios (...) are log pi - log q in nats, clipped as in `doubly_robust_value`, which is how it is computed: with the
+    model's word as the label and no other model.
+    """
+    half = torch.full_like(log_ratio_first, 0.5)
+    return doubly_robust_value(g.detach(), half, half, log_ratio_first, log_ratio_second, clip=clip)
+
+
+def kl_penalty(
+    to_anchor_first: Tensor,
+    to_anchor_second: Tensor,
+    log_ratio_first: Tensor,
+    log_ratio_second: Tensor,
+    *,
+    clip: float | None = None,
+) -> Tensor:
+    """KL(pi || anchor) from a pair drawn independently from q: (...), nats; unbiased in value and in gradient, unclipped.
+
+    `to_anchor` (...) is log pi - log anchor, the others log pi - log q. The value is the mean over the pair of w r - w + 1, r
+    the log-ratio to the anchor. The gradient is that of 1/2 (w1 - w2) (r1 - r2) with r held fixed: each completion is the
+    other's baseline, so an anchor known up to a factor of the prompt (a geometric one) adds no noise, and it is 0 where the
+    policy is its anchor. (With such an anchor the value is the KL plus log of the factor.)
+    """
+    first, second = _ratio(log_ratio_first, clip), _ratio(log_ratio_second, clip)
+    r1, r2 = to_anchor_first.detach(), to_anchor_second.detach()
+    slope = 0.5 * (first - second) * (r1 - r2)
+    value = 0.5 * (first.detach() * (r1 - 1) + second.detach() * (r2 - 1)) + 1
+    return value + slope - slope.detach()
 
 
 def importance_diagnostics(log_ratios: Tensor, clip: float | None = None) -> ImportanceDiagnostics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,7 @@ from polyref.data.records import PROMPT_FORMATS
 from polyref.data.truncate import check_truncation
 from polyref.errors import ConfigError
 from polyref.objectives.pairwise import PairLoss, pair_loss
+from polyref.training.step_objective import OBJECTIVES, StepObjective
 
 _COUNTS = (
     "per_device_train_batch_size",
@@ -59,6 +61,20 @@ class PreferenceConfig(TrainingArguments):
     length_normalise: bool = field(
         default=False,
         metadata={"help": "Divide each log-ratio by its completion's token count (what TRL does for ipo). Reverse KL only."},
+    )
+    objective: Literal["plain", "variance_reduced", "doubly_robust"] = field(
+        default="plain",
+        metadata={
+            "help": "plain: the pair loss. variance_reduced: the pair loss with an auxiliary preference model as control "
+            "variate. doubly_robust: the win rate over sampling_policy. The last two read the auxiliary columns."
+        },
+    )
+    control_coefficient: float | Literal["optimal"] = field(
+        default=1.0,
+        metadata={"help": "Weight of the control variate of variance_reduced, at least 0; optimal is M/(M+1) for M pairs."},
+    )
+    importance_clip: float | None = field(
+        default=10.0, metadata={"help": "Largest importance ratio of doubly_robust, above 0; none clips nothing."}
     )
     dr_beta: float | None = field(
         default=None,
@@ -112,6 +128,7 @@ class PreferenceConfig(TrainingArguments):
             raise ConfigError(f"unknown prompt_format {self.prompt_format!r}", fix="use as_is, chat or transcript")
         if self.length_normalise and self.divergence == "forward":
             raise ConfigError("length_normalise has no meaning under forward KL", fix="use divergence: reverse")
+        self._check_objective()
         if self.dr_beta is not None and not self.dr_beta > 1:
             raise ConfigError(f"dr_beta is {self.dr_beta}", fix="give a value above 1")
         if self.dr_beta is not None and self.gradient_accumulation_steps > 1:
@@ -130,6 +147,35 @@ class PreferenceConfig(TrainingArguments):
             raise ConfigError("auto_find_batch_size would change the batch that dr_beta is about", fix="set one of them")
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns is true", fix="leave it false: the trainer makes its own columns")
+
+    def _check_objective(self) -> None:
+        """An option that the objective would ignore is refused, as is a combination that has no meaning."""
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"unknown objective {self.objective!r}", fix=f"use one of {', '.join(OBJECTIVES)}")
+        control, clip = self.control_coefficient, self.importance_clip
+        if control != "optimal" and (isinstance(control, str) or not 0 <= control < math.inf):
+            raise ConfigError(f"control_coefficient is {control!r}", fix="give a number of at least 0, or optimal")
+        if clip is not None and not 0 < clip < math.inf:
+            raise ConfigError(f"importance_clip is {clip}", fix="give a ratio above 0, or none")
+        for name, changed, owner in (
+            ("control_coefficient", control != 1.0, "variance_reduced"),
+            ("importance_clip", clip != 10.0, "doubly_robust"),
+        ):
+            if changed and self.objective != owner:
+                raise ConfigError(f"{name} has no effect with objective {self.objective}", fix=f"set objective to {owner}")
+        if self.dr_beta is not None and self.objective != "plain":
+            raise ConfigError(f"dr_beta has no meaning with objective {self.objective}", fix="set one of them")
+        if self.objective == "doubly_robust":
+            usual: dict[str, object] = {"loss_type": "sigmoid", "label_smoothing": 0.0, "length_normalise": False}
+            for name, value in usual.items():
+                if getattr(self, name) != value:
+                    raise ConfigError(f"{name} has no effect with objective doubly_robust", fix="leave it out")
+            if self.divergence == "forward":
+                raise ConfigError("objective doubly_robust is about reverse KL", fix="use divergence: reverse")
+
+    def step_objective(self) -> StepObjective | None:
+        """What a step minimises instead of the pair loss, if anything."""
+        return OBJECTIVES[self.objective](self.pair_loss(), self.beta, self.control_coefficient, self.importance_clip)
 
     def pair_loss(self) -> PairLoss:
         """The pair loss these settings name. sigmoid with label_smoothing is the smoothed loss (TRL 1.16 ignores it there)."""

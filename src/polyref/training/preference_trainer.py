@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -27,10 +28,12 @@ from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.references.score import Progress, ReferenceScores, check_fit, score_references
 from polyref.scoring.logprobs import ScoringPlan, causal_lm, completion_logps, probe
 from polyref.scoring.models import ModelSource, cache_home, load_causal_lm, load_tokenizer
+from polyref.training.auxiliary import auxiliary_records, check_sampling_policy, plain_records
 from polyref.training.config import PreferenceConfig
 from polyref.training.dataset import GroupedSampler, PairCollator, ScoredPairs
 from polyref.training.guards import FallingChosenWarning, WholeWindows, check_starts_at_reference, mean_loss
 from polyref.training.policy import prepare_policy, tokenizer_of
+from polyref.training.step_objective import Step
 from polyref.types import PreferenceRecord, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/acc
 """What a log line adds to the loss, each a mean over pairs: rewards in reward units, log-probabilities in nats."""
 
 MEANS = {"train": METRICS, "eval": (*METRICS, "loss")}
-"""What is averaged over pairs here. The training loss is not: transformers averages it over steps."""
+"""What is averaged over pairs here, besides what an objective logs. transformers averages the training loss over steps."""
 
 BATCH_FIELDS = ("input_ids", "position_ids", "segment_ids", "source_index", "target_ids", "completion_index")
 
@@ -50,6 +53,8 @@ class PreferenceTrainer(Trainer):
     Reverse KL: h = beta [log pi/anchor (chosen) - log pi/anchor (rejected)]; forward KL: h = beta [M_a/pi (rejected) - M_a/pi
     (chosen)]; anchor the geometric or arithmetic composition of the references at the sequence level [DPO; arXiv 2502.01203].
     References are scored once, before training, through a cache: a step calls the policy alone, however many there are.
+    With an `objective` other than plain, training pairs carry auxiliary pairs of the same prompt, which pass through the policy
+    in the row of their pair; evaluation is always of the plain pair loss, and reads no auxiliary column.
 
     Args:
         model: the policy: hub id, folder, or causal language model (a PEFT model too).
@@ -60,6 +65,8 @@ class PreferenceTrainer(Trainer):
         processing_class: the policy's tokenizer; by default the one kept with the model.
         peft_config: wraps the policy in a fresh adapter.
         reference_progress: called as (label, tokens done, tokens in all) while references are scored.
+        sampling_policy: for objective doubly_robust, the law that all completions were drawn from: a `Reference`, or an
+            arithmetic `ReferenceSet`. Scored as references are.
 
     Raises a `PolyrefError` that says in one line what is wrong with model, data, references or settings.
     """
@@ -81,11 +88,16 @@ class PreferenceTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         reference_progress: Progress | None = None,
+        sampling_policy: ReferenceSet | Reference | None = None,
     ) -> None:
         args = args if args is not None else PreferenceConfig(output_dir="runs/preference")
         self.references = ReferenceSet((references,)) if isinstance(references, Reference) else references
+        self.sampling_policy = ReferenceSet((sampling_policy,)) if isinstance(sampling_policy, Reference) else sampling_policy
+        check_sampling_policy(args.objective, self.sampling_policy)
         self.difference = implied_difference(self.references.composition if self.references else "geometric", args.divergence)
         self.pair_loss = args.pair_loss()
+        self.step_objective = args.step_objective()
+        self._columns = MEANS | {"train": (*METRICS, *(self.step_objective.columns if self.step_objective else ()))}
         _check_parallelism(args)
         if args.eval_strategy != "no" and eval_dataset is None:
             raise ConfigError("eval_strategy is set, but there is nothing to evaluate on", fix="give an eval_dataset")
@@ -99,7 +111,7 @@ class PreferenceTrainer(Trainer):
 
         self.reference_scores: dict[str, ReferenceScores] = {}
         self._reference_progress = reference_progress
-        self._sums = {mode: torch.zeros(len(names) + 1) for mode, names in MEANS.items()}
+        self._sums = {mode: torch.zeros(len(names) + 1) for mode, names in self._columns.items()}
         self._evaluated: Any = None
         self._start_check = _start_check(model, self.references)
         super().__init__(
@@ -119,15 +131,16 @@ class PreferenceTrainer(Trainer):
             self.plan = replace(self.plan, fused=False)
         self.data_collator = PairCollator(self.plan.layout)
         if train_dataset is not None:
-            self.train_dataset = self._prepare(train_dataset, "train")
+            self.train_dataset = self._prepare(train_dataset, "train", with_auxiliary=self.step_objective is not None)
         if isinstance(eval_dataset, Mapping):
             self.eval_dataset = {name: self._prepare(rows, name) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             self.eval_dataset = self._prepare(eval_dataset, "eval")
 
-    def _prepare(self, source: Any, name: str) -> ScoredPairs:
+    def _prepare(self, source: Any, name: str, *, with_auxiliary: bool = False) -> ScoredPairs:
         """Rows -> records -> tokens -> scored pairs. Refuses a set with nothing left to train on."""
         records = _records(source, self.args.prompt_format)
+        records = auxiliary_records(records, self.args.objective) if with_auxiliary else plain_records(records)
         data = tokenize_records(
             records, self.processing_class, max_length=self.args.max_length, truncation_mode=self.args.truncation_mode
         )
@@ -139,15 +152,15 @@ class PreferenceTrainer(Trainer):
         check_fit(causal_lm(self.model).config, data.pairs, data.records, "the policy")
         references = self.references or ReferenceSet((Reference(self.model),))
         weights = _prompt_weights(data.records, references)
-        scores = self._score(data, weights)
+        scores = self._score(data, self.references, weights)
         self.reference_scores[name] = scores
-        chosen, rejected = torch.from_numpy(scores.chosen), torch.from_numpy(scores.rejected)
-        anchor = torch.stack([references.anchor(chosen, weights), references.anchor(rejected, weights)], 1)
-        return ScoredPairs(data.pairs, data.records, anchor)
+        sampling = None
+        if with_auxiliary and self.sampling_policy is not None:
+            sampling = _anchor(self.sampling_policy, self._score(data, self.sampling_policy, None), None)
+        return ScoredPairs(data.pairs, data.records, _anchor(references, scores, weights), sampling)
 
-    def _score(self, data: TokenizedPreferences, weights: Tensor | None) -> ReferenceScores:
+    def _score(self, data: TokenizedPreferences, references: ReferenceSet | None, weights: Tensor | None) -> ReferenceScores:
         """Score `data` under the references of positive weight, or under the starting policy with its adapters off."""
-        references = self.references
         with ExitStack() as stack:
             if references is None:
                 references = ReferenceSet((Reference(self.model, name="the starting policy"),))
@@ -168,22 +181,27 @@ class PreferenceTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean pair loss of a batch; its rewards, margins, accuracies and log-probs are added up for the next log line."""
+        count = inputs["anchor"].shape[1]
         batch = TokenBatch(
-            **{name: inputs[name] for name in BATCH_FIELDS}, completions=2 if self.plan.layout == "shared" else 1
+            **{name: inputs[name] for name in BATCH_FIELDS}, completions=count if self.plan.layout == "shared" else 1
         )
         if self._start_check and self.model.training and self.state.global_step == 0:
             self._check_start(model, batch, inputs["anchor"])
         with self.accelerator.autocast():
             scored = completion_logps(model, batch, self.plan)
-        logps = scored.total.view(-1, 2)
-        h, rewards = self._implied(logps, scored.tokens.view(-1, 2), inputs["anchor"])
-        losses = self.pair_loss(h - inputs["margin"], inputs["chosen_probability"])
+        logps, tokens = scored.total.view(-1, count), scored.tokens.view(-1, count)
+        h, rewards = self._implied(logps, tokens, inputs["anchor"])
+        if self.step_objective is not None and self.model.training:
+            losses, terms = self.step_objective(self._step(h, logps, tokens, inputs))
+        else:
+            losses, terms = self.pair_loss(h - inputs["margin"], inputs["chosen_probability"]), None
         loss = dr_dpo(losses, self.args.dr_beta) if self.args.dr_beta is not None else losses.mean()
         if not torch.isfinite(loss):
             self._stop_diverged(inputs["index"])
-        metrics = [*rewards, h, preference_accuracy(h), *logps.unbind(1)]
+        metrics = [*rewards, h, preference_accuracy(h), *logps[:, :2].unbind(1)]
         if self.model.training:
-            self._add("train", torch.stack(metrics, 1))
+            values = torch.stack(metrics, 1)
+            self._add("train", values if terms is None else torch.cat([values.detach().cpu().double(), terms], 1))
         else:
             counted = loss.expand_as(losses) if self.args.dr_beta is not None else losses
             self._add("eval", self.accelerator.gather_for_metrics(torch.stack([*metrics, counted], 1)))
@@ -191,18 +209,29 @@ class PreferenceTrainer(Trainer):
 
     def _implied(self, logps: Tensor, tokens: Tensor, anchor: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The implied reward difference h (B,) and, for the log, the reward of each completion, 0 where policy is anchor."""
-        policy, reference = (logps / tokens, anchor / tokens) if self.args.length_normalise else (logps, anchor)
+        policy, reference = self._normalised(logps, tokens, anchor)
         h = self.difference(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], self.args.beta)
         zero = torch.zeros_like(h)
         rewards = [self.difference(policy[:, i], zero, reference[:, i], zero, self.args.beta) for i in (0, 1)]
         return h, rewards
+
+    def _step(self, h: Tensor, logps: Tensor, tokens: Tensor, inputs: dict[str, Tensor]) -> Step:
+        """What a step objective reads: the implied reward differences of pair and auxiliary pairs, and all log-probs."""
+        policy, reference = self._normalised(logps, tokens, inputs["anchor"])
+        first, second = (slice(start, None, 2) for start in (2, 3))
+        drawn = self.difference(policy[:, first], policy[:, second], reference[:, first], reference[:, second], self.args.beta)
+        return Step(h, drawn, logps, inputs["anchor"], inputs)
+
+    def _normalised(self, logps: Tensor, tokens: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """Policy and anchor log-probs as the implied rewards take them: sums, or means over tokens."""
+        return (logps / tokens, anchor / tokens) if self.args.length_normalise else (logps, anchor)
 
     def _check_start(self, model: nn.Module, batch: TokenBatch, anchor: Tensor) -> None:
         """Compare policy and reference on the first batch, as they are scored: in evaluation mode, without gradient."""
         refuse, self._start_check = self._start_check == "refuse", None
         model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            logps = completion_logps(model, batch, self.plan).total.view(-1, 2)
+            logps = completion_logps(model, batch, self.plan).total.view(anchor.shape)
             half = torch.is_autocast_enabled(logps.device.type)
         model.train()
         dtype = next(self.model.parameters()).dtype
@@ -224,11 +253,17 @@ class PreferenceTrainer(Trainer):
         An evaluation counts each pair once. Training counts pairs as often as they are trained on: those that fill up the last
         batch of an epoch, where processes share it, twice.
         """
-        sums, self._sums[mode] = self._sums[mode], torch.zeros(len(MEANS[mode]) + 1)
+        names, sums = self._columns[mode], self._sums[mode]
+        self._sums[mode] = torch.zeros(len(names) + 1)
         if self.args.world_size > 1 and mode == "train":  # an evaluation has gathered its pairs already
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
         *totals, count = sums.tolist()
-        return {name: total / count for name, total in zip(MEANS[mode], totals, strict=True)} if count else {}
+        if not count:
+            return {}
+        means = {name: total / count for name, total in zip(names, totals, strict=True)}
+        if self.step_objective is None or mode == "eval":
+            return means
+        return {name: means[name] for name in METRICS} | self.step_objective.summary(means, round(count))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training means to a line about training; lines about evaluation carry theirs already.
@@ -250,7 +285,7 @@ class PreferenceTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As Trainer's, with the preference metrics among the returned ones, so that `metric_for_best_model` can name them."""
-        self._evaluated, self._sums["eval"] = dataloader.dataset, torch.zeros(len(MEANS["eval"]) + 1)
+        self._evaluated, self._sums["eval"] = dataloader.dataset, torch.zeros(len(self._columns["eval"]) + 1)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = {f"{metric_key_prefix}_{name}": value for name, value in self._means("eval").items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
@@ -315,6 +350,12 @@ def _records(source: Any, prompt_format: Any) -> list[PreferenceRecord]:
     if isinstance(source, Sequence) and source and isinstance(source[0], PreferenceRecord):
         return list(source)
     return load_preferences(source, prompt_format=prompt_format)
+
+
+def _anchor(references: ReferenceSet, scores: ReferenceScores, weights: Tensor | None) -> Tensor:
+    """(N, 2 + 2M): the log-probabilities of all completions under the composition of `references`."""
+    completions = np.concatenate([scores.chosen[:, None], scores.rejected[:, None], scores.auxiliary], 1)
+    return torch.stack([references.anchor(logps, weights) for logps in torch.from_numpy(completions).unbind(1)], 1)
 
 
 def _prompt_weights(records: list[PreferenceRecord], references: ReferenceSet) -> Tensor | None:

@@ -1,0 +1,59 @@
+"""What an auxiliary preference model needs of the data and of the sampling policy, checked before anything is scored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from polyref.data.auxiliary import AUXILIARY_FIELDS, check_auxiliary
+from polyref.data.fields import Refusal
+from polyref.data.records import RowError
+from polyref.data.sources import check_alike
+from polyref.errors import ConfigError
+from polyref.references.reference_set import ReferenceSet
+from polyref.types import PreferenceRecord
+
+logger = logging.getLogger(__name__)
+
+
+def auxiliary_records(records: Sequence[PreferenceRecord], objective: str) -> list[PreferenceRecord]:
+    """`records`, each with all auxiliary columns, as many auxiliary pairs as the first, and no margin; DataError otherwise.
+
+    A margin would enter the loss of data pairs alone, and auxiliary pairs would no longer stand for them.
+    """
+    for record in records:
+        try:
+            if all(getattr(record, name) is None for name in AUXILIARY_FIELDS):
+                fix = f"give training rows {', '.join(AUXILIARY_FIELDS)}, or set objective to plain"
+                raise Refusal(f"is missing, and objective {objective} needs it", fix, "auxiliary_1")
+            if record.margin:
+                raise Refusal(f"has no counterpart for auxiliary pairs under {objective}", "leave the column out", "margin")
+            check_auxiliary({name: getattr(record, name) for name in ("prompt", "chosen", *AUXILIARY_FIELDS)})
+        except Refusal as refusal:
+            raise RowError(refusal.what, source=record.source, row=record.row, column=refusal.field, fix=refusal.fix) from None
+        check_alike(record, records[0])
+    return list(records)
+
+
+def plain_records(records: Sequence[PreferenceRecord]) -> list[PreferenceRecord]:
+    """`records` without auxiliary columns, so that nothing is computed for what is not used."""
+    if not any(record.auxiliary_1 for record in records):
+        return list(records)
+    logger.info("the auxiliary columns are not used: objective is plain, or the rows are for evaluation")
+    bare: dict[str, Any] = dict.fromkeys(AUXILIARY_FIELDS)
+    return [replace(record, **bare) for record in records]
+
+
+def check_sampling_policy(objective: str, sampling_policy: ReferenceSet | None) -> None:
+    """ConfigError unless `sampling_policy` is there exactly where the objective weighs by it, and its law is normalised."""
+    if (objective == "doubly_robust") != (sampling_policy is not None):
+        if sampling_policy is None:
+            raise ConfigError(
+                "objective doubly_robust needs a sampling_policy", fix="name what the completions were drawn from"
+            )
+        raise ConfigError(f"sampling_policy has no effect with objective {objective}", fix="leave it out")
+    if sampling_policy is not None and sampling_policy.composition == "geometric" and len(sampling_policy) > 1:
+        what = "a geometric sampling_policy of several members is known up to a factor only"
+        raise ConfigError(what, fix="draw from one model, or from an arithmetic set")
