@@ -40,11 +40,11 @@ def quick(name: str, ran: Ran) -> Experiment:
             (Panel("p", "pairs", "gap", (Curve.of("mean", SIZES, found),), (Guide(-1.0, "1/n"),)),),
             Table(("pairs", "gap"), tuple(zip(SIZES, cells, strict=True))),
             (fit_slope(SIZES, values, name="gap", claimed=-1.0),),
-            {"replicates": replicates, "seed": seed},
+            {"replicates": replicates, "seed": seed, "pairs": [10, 20, 40], "reward_range": 1.0},
             measured=(Measured(name, 0.9, 1.5, 1.0, 2.0),) if name == "reverse-gap" else (),
         )
 
-    return Experiment(name, f"Title of {name}", run, default_replicates=8, seconds=60.0)
+    return Experiment(name, f"Title of {name}", run, default_replicates=200, seconds=60.0)
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def test_the_list_names_titles_and_times(world: World, ran: Ran) -> None:
 
 
 def test_one_experiment_prints_and_writes_what_it_found(world: World, ran: Ran) -> None:
-    done = world.run(["lab", "second", "--replicates", 16, "--seed", 3, "--output_dir", "here"])
-    assert (done.code, done.err, ran) == (0, "", [("second", 16, 3)])
+    done = world.run(["lab", "second", "--replicates", 400, "--seed", 3, "--output_dir", "here"])
+    assert (done.code, done.err, ran) == (0, "", [("second", 400, 3)])
     assert done.out.startswith("1 to run, about 120 s on two processor cores\n")
     assert "AGREES: second was measured." in done.out and "-1 [-1, -1]" in done.out
     here = world.path / "here"
@@ -92,7 +92,7 @@ def test_all_goes_on_where_it_was_killed(world: World, ran: Ran, monkeypatch: py
     def interrupted(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         raise KeyboardInterrupt
 
-    stopping = Experiment("second", broken.title, interrupted, 8, 60.0)
+    stopping = Experiment("second", broken.title, interrupted, 200, 60.0)
     with monkeypatch.context() as patch:
         patch.setattr(experiments, "EXPERIMENTS", dict(experiments.EXPERIMENTS) | {"second": stopping})
         stopped = world.run(["lab", "all", "--output_dir", "parts"])
@@ -123,7 +123,7 @@ def _damage(name: str, change: Callable[[bytes], bytes]) -> Callable[[World], No
 
 
 AGAIN: Mapping[str, tuple[list[object], Callable[[World], None] | None]] = {
-    "other replicates": (["--replicates", 5], None),
+    "other replicates": (["--replicates", 20], None),
     "another seed": (["--seed", 1], None),
     "overwrite": (["--overwrite"], None),
     "a torn file": ([], _damage("second.json", lambda old: old[:100])),
@@ -151,12 +151,20 @@ def test_a_damaged_index_is_made_anew(world: World, ran: Ran) -> None:
     assert (world.path / "runs" / "lab" / "lab.html").is_file()
 
 
+def test_few_replicates_are_noted_in_print_and_file(world: World, ran: Ran) -> None:
+    few, enough = (world.run(["lab", "second", "--replicates", size]).out for size in (20, 100))
+    assert "note: With 20 replicates, fewer than 100, intervals are too narrow" in few and "too narrow" not in enough
+    world.run(["lab", "second", "--replicates", 99])
+    kept = json.loads((world.path / "runs" / "lab" / "second.json").read_text(encoding="utf-8"))
+    assert any("With 99 replicates" in note for note in kept["result"]["notes"])
+
+
 def test_constants_are_written_for_the_planner(world: World, ran: Ran) -> None:
     done = world.run(["lab", "reverse-gap", "--constants", "mine.json"])
     assert done.code == 0
     text = (world.path / "mine.json").read_text(encoding="utf-8")
     found = load_constants(text)["experiments"]["reverse-gap"]
-    assert found["settings"] == {"replicates": 8, "seed": 0} and found["constants"][0]["value"] == 1.5
+    assert found["settings"]["replicates"] == 200 and found["constants"][0]["value"] == 1.5
     assert json.loads(text)["command"] == "polyref lab reverse-gap --seed 0 --constants mine.json"
     plan = ["plan", "--gap", 0.01, "--beta", 0.5, "--d", 4, "--coverage", 2, "--confidence", 0.9]
     assert "2,400 [1,600, 3,200]" in world.run([*plan, "--constants", "mine.json"]).out
@@ -170,12 +178,13 @@ def test_bad_input_is_one_line(world: World, ran: Ran) -> None:
         ("nothing",): ("unknown experiment 'nothing'", *every),
         ("second", "nothing"): ("unknown experiment 'nothing'", *every),
         ("all", "second"): ("all and list stand alone",),
-        ("second", "--replicates", 1): ("replicates is 1", "at least 2"),
-        ("second", "--replicates", 0): ("replicates is 0", "at least 2"),
+        ("second", "--replicates", 1): ("replicates is 1", "at least 20"),
+        ("second", "--replicates", 0): ("replicates is 0", "at least 20"),
         ("second", "--replicates", "many"): ("replicates: Expected a int",),
         ("second", "--seed", -1): ("seed is -1",),
         ("second", "--output_dir", "taken"): ("taken: is a file",),
         ("second", "--output_dir", "taken/below"): ("taken", "cannot be written"),
+        ("reverse-gap", "--replicates", 199, "--constants", "mine.json"): ("constants of 199 replicates", "at least 200"),
         ("second", "--constants", "mine.json"): ("no experiment named here measures constants", "reverse-gap"),
     }.items():
         assert_refused(world, ["lab", *words], says)

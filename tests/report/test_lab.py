@@ -7,7 +7,9 @@ import io
 import math
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 from polyref.report.lab import COLOURS, draw
 from polyref.report.lab_page import as_csv, as_markdown, as_text, shown, write_lab_page
 from polyref.theory.regression import SlopeFit
-from polyref.theory.results import Cell, Curve, Estimate, ExperimentResult, Guide, Panel, Table
+from polyref.theory.results import Agreement, Cell, Curve, Estimate, ExperimentResult, Guide, Panel, Table
 
 SIZES = [100.0 * 2**k for k in range(7)]
 
@@ -116,6 +118,14 @@ def test_text_shows_intervals_slopes_and_the_finding() -> None:
     assert "-1 [-1.1, -0.9]" in text and "an interval holds zero" in text
     assert text.endswith("AGREES: Measured: -1.\nnote: With a note.\n")
     assert shown(None) == "" and shown(12345) == "12,345" and shown("x") == "x" and shown(True) == "True"
+
+
+def test_every_agreement_is_shown_as_it_is() -> None:
+    for agreement in get_args(Agreement):
+        one = replace(result(), agreement=agreement)
+        assert f"{agreement.upper()}: Measured" in as_text(one)
+        words = as_markdown([one], {})
+        assert f"| {agreement} | Measured" in words and f"**The finding ({agreement}).**" in words
 
 
 def test_csv_holds_each_number_in_a_column() -> None:

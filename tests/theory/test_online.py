@@ -10,9 +10,21 @@ import torch
 from polyref.errors import ConfigError
 from polyref.theory import gshf
 from polyref.theory.bandit import FiniteBandit, random_bandit
-from polyref.theory.online import STRATEGIES, Curves, Round, Strategy, enhancing, fixed, run_hybrid, run_rounds
+from polyref.theory.online import (
+    Curves,
+    Round,
+    Strategy,
+    anchored,
+    enhancing,
+    fixed,
+    greedy,
+    random_pair,
+    run_hybrid,
+    run_rounds,
+)
 
 REPLICATES = 60
+STRATEGIES = {"enhancer": enhancing(3.0), "greedy": greedy, "anchor": anchored, "random pair": random_pair}
 
 
 def bandit() -> FiniteBandit:
@@ -57,7 +69,7 @@ def test_the_gap_falls_with_the_rounds_and_regret_adds_it_up(name: str) -> None:
 
 def test_the_first_main_agent_is_the_anchor_whose_gap_is_known() -> None:
     own = bandit()
-    curves = run(STRATEGIES["greedy"], rounds=1)
+    curves = run(greedy, rounds=1)
     torch.testing.assert_close(
         curves.gap[:, 0], own.beta * own.mean((own.rewards / own.beta + own.geometric).logsumexp(-1)) - _mean(own)
     )
@@ -74,8 +86,8 @@ def test_a_run_repeats_from_its_seed_and_differs_with_another() -> None:
 
 
 def test_smaller_batches_learn_no_worse_from_equal_labels() -> None:
-    small = run(STRATEGIES["anchor"], rounds=16, batch_size=10)
-    large = run(STRATEGIES["anchor"], rounds=1, batch_size=160)
+    small = run(anchored, rounds=16, batch_size=10)
+    large = run(anchored, rounds=1, batch_size=160)
     assert float(small.labels[-1]) == float(large.labels[-1])
     assert small.gap[:, -1].mean() < 1.3 * large.gap[:, -1].mean()
 
@@ -121,6 +133,6 @@ def test_a_pessimist_may_learn() -> None:
 
 def test_bad_input_is_one_line() -> None:
     with pytest.raises(ConfigError, match="rounds 0"):
-        run(STRATEGIES["greedy"], rounds=0)
+        run(greedy, rounds=0)
     with pytest.raises(ConfigError, match="scale of the enhancer is -1"):
         enhancing(-1)

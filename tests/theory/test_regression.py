@@ -72,6 +72,19 @@ def test_points_before_the_knee_are_left_out() -> None:
     assert straight.used == tuple(SIZES)
 
 
+def test_each_resample_chooses_its_knee_as_the_data_do() -> None:
+    """A resample that is the data itself chooses as they do; the interval is of lines from several knees, so it is wider."""
+    rng = np.random.default_rng(1)
+    runs = (1 + 150 / SIZES)[:, None] / SIZES[:, None] * rng.gamma(2.0, 0.5, size=(6, 200))
+    drawn = np.log(regression._resampled(runs, mean, False, 400, 0))
+    logs, x = np.log(runs.mean(1)), np.log(SIZES)
+    knee, knees = regression._knees(x, logs, np.column_stack([drawn, logs]), np.ones(6), 3)
+    assert knees[-1] == knee and len(np.unique(knees)) > 1 and knees.max() <= 3
+    chosen = fit_slope(SIZES, runs, shared=False, drop=None)
+    given = fit_slope(SIZES, runs, shared=False, drop=len(SIZES) - len(chosen.used))
+    assert given.slope == pytest.approx(chosen.slope, abs=0.02) and chosen.high - chosen.low > 1.1 * (given.high - given.low)
+
+
 def test_signed_quantities() -> None:
     rng = np.random.default_rng(6)
     signed = rng.normal(size=(6, 500)) * SIZES[:, None] ** -0.5

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from polyref.errors import ConfigError
-from polyref.theory.experiments import EXPERIMENTS, Experiment, check
+from polyref.theory.experiments import ENOUGH, EXPERIMENTS, Experiment, check
 from polyref.theory.regression import SlopeFit
 from polyref.theory.results import (
     Curve,
@@ -83,7 +83,13 @@ def test_what_does_not_fit_is_refused() -> None:
         (-1.02, -1.03, -1.01, -1.0, "agrees"),
         (-0.4, -0.46, -0.34, -0.5, "agrees"),
         (-1.0, -1.1, -0.9, None, "no claim"),
-        (math.nan, math.nan, math.nan, -1.0, "no claim"),
+        (math.nan, math.nan, math.nan, -1.0, "undecided"),
+        (math.nan, math.nan, math.nan, None, "no claim"),
+        (-0.5, -1.0, -0.3, -0.5, "undecided"),
+        (-0.5, -0.9, 0.0, -0.5, "undecided"),
+        (-0.5, -0.99, -0.01, -0.5, "agrees"),
+        (0.5, 0.1, 1.1, 0.5, "undecided"),
+        (-1.2, -1.9, -0.56, -0.5, "beats the claim"),
     ],
 )
 def test_agreement(slope: float, low: float, high: float, claimed: float | None, verdict: str) -> None:
@@ -97,9 +103,10 @@ def test_experiments_take_their_defaults_and_refuse_bad_settings() -> None:
         seen.append((replicates, seed))
         return result()
 
-    one = Experiment("some-name", "A title", run, default_replicates=7, seconds=1.0)
-    assert to_dict(one()) == to_dict(one(5, 3)) and seen == [(7, 0), (5, 3)]
-    for replicates, seed, what in ((1, 0, "replicates is 1"), (-3, 0, "replicates is -3"), (2, -1, "seed is -1")):
+    one = Experiment("some-name", "A title", run, default_replicates=100, seconds=1.0)
+    assert to_dict(one()) == to_dict(one(500, 3)) == to_dict(result()) and seen == [(100, 0), (500, 3)]
+    assert one(20).notes[:-1] == result().notes and "With 20 replicates" in one(20).notes[-1]
+    for replicates, seed, what in ((19, 0, "replicates is 19"), (-3, 0, "replicates is -3"), (20, -1, "seed is -1")):
         with pytest.raises(ConfigError, match=what):
             one(replicates, seed)
         with pytest.raises(ConfigError, match=what):
@@ -108,7 +115,7 @@ def test_experiments_take_their_defaults_and_refuse_bad_settings() -> None:
 
 def test_the_registry_holds_what_it_names() -> None:
     for name, one in EXPERIMENTS.items():
-        assert one.name == name and one.title and one.default_replicates >= 2 and one.seconds > 0
+        assert one.name == name and one.title and one.default_replicates >= ENOUGH and one.seconds > 0
     assert len(EXPERIMENTS) == len(list(EXPERIMENTS)) > 1
     with pytest.raises(KeyError):
         EXPERIMENTS["nothing"]

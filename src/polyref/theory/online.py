@@ -10,10 +10,8 @@ Source: [IT] arXiv 2312.11456, algorithms 2 and 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -104,12 +102,6 @@ def fixed(first: Tensor, second: Tensor | None = None) -> Strategy:
     """Always the log-policies `first` and `second` (the same where left out), (..., X, Y): offline data."""
     other = first if second is None else second
     return lambda state: (first.expand(state.main.shape), other.expand(state.main.shape))
-
-
-STRATEGIES: Final[Mapping[str, Strategy]] = MappingProxyType(
-    {"enhancer": enhancing(3.0), "greedy": greedy, "anchor": anchored, "random pair": random_pair}
-)
-"""Strategies by name; the enhancer at scale 3, about sqrt(d/s') of d = 2 features at the slope s' = 0.2 of typical pairs."""
 
 
 def run_rounds(

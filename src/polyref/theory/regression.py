@@ -120,7 +120,8 @@ def fit_slope(
 
     Each point weighs the inverse of the bootstrap variance of its logarithm; the interval is of percentiles over `resamples`
     refits with those weights. `drop` leaves out so many of the first points, those before the asymptotic knee; None chooses:
-    the first point goes, as long as three remain, while it lies significantly off the line of those after it. A statistic that
+    the first point goes, as long as three remain, while it lies significantly off the line of those after it. Each refit
+    chooses anew, so that the interval counts the choice (and no bend that is too small to be seen). A statistic that
     is negative at every size is fitted by its size, with a note. Raises ConfigError for sizes that are not positive or do not
     match, fewer than two points or replicates, and values that are not finite.
     """
@@ -140,10 +141,11 @@ def fit_slope(
         logs, log_drawn = np.log(sign * points), np.log(sign * drawn)
     log_drawn[~np.isfinite(log_drawn)] = np.nan
     weights = _weights(np.nanvar(log_drawn, axis=1))
-    knee = _knee(np.log(sizes), log_drawn, weights) if drop is None else 0
-    line = _least_squares(np.log(sizes[knee:]), weights[knee:])
-    intercept, slope = line @ logs[knee:]
-    slopes = (line @ log_drawn[knee:])[1]
+    knee, knees = _knees(np.log(sizes), logs, log_drawn, weights, 0 if drop is not None else max(len(sizes) - 3, 0))
+    slopes = np.empty(len(knees))
+    for start in {knee, *knees.tolist()}:
+        slopes[knees == start] = (_least_squares(np.log(sizes[start:]), weights[start:]) @ log_drawn[start:, knees == start])[1]
+    intercept, slope = _least_squares(np.log(sizes[knee:]), weights[knee:]) @ logs[knee:]
     low, high = np.nanquantile(slopes, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     dropped = first + knee
     notes = [f"first {dropped} left out"] * bool(dropped) + ["of minus the statistic"] * (sign < 0)
@@ -212,12 +214,17 @@ def _least_squares(x: Array, weights: Array) -> Array:
     return np.asarray(np.linalg.solve(weighted.T @ powers, weighted.T))
 
 
-def _knee(x: Array, log_drawn: Array, weights: Array) -> int:
-    """How many first points to leave out, until the first lies on the line of the others (95% interval), or three remain."""
-    for first in range(len(x) - 3):
+def _knees(x: Array, logs: Array, log_drawn: Array, weights: Array, most: int) -> tuple[int, NDArray[np.intp]]:
+    """How many first points to leave out, at most `most`: until the first lies on the line of the others (95% interval).
+
+    And the same (B,) in each resample, whose own interval is that of the data moved by as much as its point is.
+    """
+    chosen, each = most, np.full(log_drawn.shape[1], most)
+    for first in reversed(range(most)):
         others = slice(first + 1, None)
-        line = _least_squares(x[others], weights[others]) @ log_drawn[others]
-        low, high = np.nanquantile(log_drawn[first] - line[0] - line[1] * x[first], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        if low <= 0 <= high:
-            return first
-    return max(len(x) - 3, 0)
+        line = _least_squares(x[others], weights[others])
+        here, drawn = (points[first] - np.array([1.0, x[first]]) @ line @ points[others] for points in (logs, log_drawn))
+        low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        chosen = first if low <= 0 <= high else chosen
+        each[(low <= here - drawn) & (here - drawn <= high)] = first
+    return chosen, each

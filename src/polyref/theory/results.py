@@ -17,9 +17,12 @@ import numpy as np
 from polyref.errors import ConfigError
 from polyref.theory.regression import Estimates, Numbers, SlopeFit
 
-Agreement = Literal["agrees", "beats the claim", "misses the claim", "no claim"]
+Agreement = Literal["agrees", "beats the claim", "misses the claim", "undecided", "no claim"]
+"""Of what was measured with what is claimed; "undecided" where intervals hold the claim and its contrary both."""
 
 SLOPE_TOLERANCE: Final = 0.05
+NEXT_RATE: Final = 0.5
+"""Between the slopes that theory tells apart: 0, -1/2, -1."""
 
 
 class Estimate(NamedTuple):
@@ -144,13 +147,16 @@ def agreement_of(fit: SlopeFit) -> Agreement:
     """What a fitted slope says of a claimed UPPER bound: its interval is steeper (beats it), flatter (misses it), or neither.
 
     An interval that ends within SLOPE_TOLERANCE of the claim agrees with it: at finite n, terms of higher order bend a line by
-    as much, and with enough replicates the interval would tell such a bend from any rate.
+    as much, and with enough replicates the interval would tell such a bend from any rate. One that reaches from the claim to
+    NEXT_RATE on either side is undecided, as is a slope that could not be fitted.
     """
-    if fit.claimed is None or math.isnan(fit.slope):
+    if fit.claimed is None:
         return "no claim"
     if fit.high < fit.claimed - SLOPE_TOLERANCE:
         return "beats the claim"
-    return "misses the claim" if fit.low > fit.claimed + SLOPE_TOLERANCE else "agrees"
+    if fit.low > fit.claimed + SLOPE_TOLERANCE:
+        return "misses the claim"
+    return "agrees" if fit.claimed - NEXT_RATE < fit.low and fit.high < fit.claimed + NEXT_RATE else "undecided"
 
 
 def rounded(value: float) -> float:

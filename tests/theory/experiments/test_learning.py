@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polyref.theory.experiments import EXPERIMENTS, _linear
+from polyref.theory.experiments import EXPERIMENTS, _linear, _words, multistep
 from polyref.theory.experiments.coverage import first_order
-from polyref.theory.experiments.pessimism import _agreement, _verdict
+from polyref.theory.experiments.pessimism import _over_sizes
 from polyref.theory.preferences import pair_law
-from polyref.theory.results import Estimate, ExperimentResult, from_dict, to_dict
+from polyref.theory.results import Cell, Estimate, ExperimentResult, agreement_of, from_dict, to_dict
 from polyref.theory.solutions import reverse_optimum, solve_reverse_kl
 from polyref.theory.values import reverse_gap
 
-BELOW, ABOVE, AROUND = Estimate(0.5, 0.4, 0.6), Estimate(2.0, 1.5, 3.0), Estimate(1.0, 0.9, 1.1)
+
+def value(cell: Cell) -> float:
+    assert isinstance(cell, Estimate)
+    return cell.value
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +33,85 @@ def test_pessimism_pays_where_only_the_optimum_is_covered(pessimism: ExperimentR
     assert min(ratios["bad coverage of the optimum"]) > 0.95
 
 
-@pytest.mark.parametrize("name", ["coverage", "pessimism"])
-def test_a_run_repeats_from_its_seed_and_survives_json(name: str) -> None:
-    first, again, other = (EXPERIMENTS[name](4, seed=seed) for seed in (3, 3, 4))
+def test_the_joint_ratio_is_the_mean_of_the_ratios_and_the_sentence_counts_the_table(pessimism: ExperimentResult) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gaps, greedy = (torch.rand(30, 4, generator=generator, dtype=torch.float64) + level for level in (0.0, 2.0))
+    one = _over_sizes(gaps, greedy)
+    assert one.value == pytest.approx(float((gaps.mean(0) / greedy.mean(0)).mean())) and one.low < one.value < one.high
+    rows = [row for row in pessimism.table.rows if row[0] == "bad coverage, the optimum covered"]
+    ratios = [cell for row in rows for cell in row[-2:] if isinstance(cell, Estimate)]
+    sides = [_words.side(ratio) for ratio in ratios]
+    assert f"{len(ratios)} comparisons there" in pessimism.finding
+    assert f"smaller in {sides.count(-1)} and larger in {sides.count(1)} beyond" in pessimism.finding
+    for column in (-2, -1):
+        assert f"{sum(value(row[column]) for row in rows) / len(rows):.2f} [" in pessimism.finding
+
+
+def test_a_worse_covered_optimum_costs_more_as_first_order_theory_foretells() -> None:
+    first, again, other = (EXPERIMENTS["coverage"](20, seed=seed) for seed in (3, 3, 4))
     assert to_dict(first) == to_dict(again) == to_dict(from_dict(to_dict(first)))
     assert to_dict(first) != to_dict(other)
+    for result in (first, other):
+        gaps, theory = ([value(row[column]) for row in result.table.rows] for column in (3, 4))
+        assert gaps[-1] > 3 * gaps[0] and all(0.4 < gap / told < 2.5 for gap, told in zip(gaps, theory, strict=True))
+        assert result.agreement == agreement_of(result.slopes[0]) in ("agrees", "beats the claim")
+        assert f"{_words.shown(result.slopes[0])} from" in result.finding
+        assert ("as claimed (to 0.05)" in result.finding) == (result.agreement == "agrees")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["online", "settings", "multistep"])
-def test_the_longer_ones_run_and_survive_json(name: str) -> None:
-    result = EXPERIMENTS[name](3, seed=2)
+def test_an_enhancer_learns_and_the_sentence_is_the_table() -> None:
+    result = EXPERIMENTS["online"](20, seed=2)
     assert to_dict(from_dict(to_dict(result))) == to_dict(result)
-    assert result.agreement in ("agrees", "beats the claim", "misses the claim", "no claim")
+    agents = {row[0]: row for row in result.table.rows if row[1] == 25}
+    main, greedy, random = (agents[name] for name in ("enhancer, c = 3", "greedy", "random pair"))
+    assert value(main[3]) < value(greedy[3]) and value(main[4]) < value(random[4])
+    for column in (3, 4):
+        assert f"{value(main[column]) / value(greedy[column]):.2f} [" in result.finding
+    sizes = {row[1]: row for row in result.table.rows[-3:]}
+    assert value(sizes[250][3]) > value(sizes[10][3])
+    assert f"have {value(sizes[250][3]) / value(sizes[10][3]):.2f} [" in result.finding
+    assert result.agreement == agreement_of(result.slopes[0]) and _words.shown(result.slopes[0]) in result.finding
 
 
-def test_the_verdict_follows_the_intervals() -> None:
-    assert _agreement([BELOW, AROUND]) == "agrees"
-    assert _agreement([ABOVE, AROUND]) == "misses the claim"
-    assert _agreement([BELOW, ABOVE]) == _agreement([AROUND]) == "no claim"
-    assert "smaller gap in 1 of 3" in _verdict([BELOW, ABOVE, AROUND])
+@pytest.mark.slow
+def test_bad_offline_data_fall_behind_and_hybrid_learning_mends_them() -> None:
+    result = EXPERIMENTS["settings"](20, seed=2)
+    assert to_dict(from_dict(to_dict(result))) == to_dict(result) and result.agreement == "agrees"
+    rows = {row[:2]: row for row in result.table.rows}
+    bad, online = "bad offline data", value(rows["none", "online"][2])
+    assert value(rows[bad, "offline, greedy"][2]) > 2 * max(online, value(rows[bad, "hybrid"][2]))
+    for key, row in rows.items():
+        if isinstance(row[3], Estimate):
+            assert row[3].value == pytest.approx(value(row[2]) / online)
+            assert f"{key[1]} {_words.told(row[3])}" in result.finding
+
+
+@pytest.mark.slow
+def test_steps_hold_the_floor_pay_where_good_is_rare_and_imitation_adds_errors_up() -> None:
+    result = EXPERIMENTS["multistep"](20, seed=2)
+    assert to_dict(from_dict(to_dict(result))) == to_dict(result)
+    assert result.agreement == "agrees" and "floor holds in every step" in result.finding
+    proposals: dict[str, list[float]] = {}
+    for kind, _, exact, check, least, floor, worst in result.table.rows:
+        assert value(least) >= float(floor) > 0 and value(exact) <= float(worst)  # type: ignore[arg-type]
+        assert check is None or abs(value(check) - 1) < 0.1
+        proposals.setdefault(str(kind), []).append(value(exact))
+    for kind, numbers in proposals.items():
+        saved = numbers[0] / min(numbers)
+        assert saved > (1e4 if kind == "rare" else 1.5)
+        assert f"{saved:,.0f} [" in result.finding or f"{saved:,.3g} [" in result.finding
+        assert f"the proposals of {multistep.STEPS[numbers.index(min(numbers))]} (" in result.finding
+    anchored, imitated, _ = result.slopes
+    assert abs(anchored.slope) < 0.3 and 0.7 < imitated.slope < 1.5
+    assert all(_words.shown(fit) in result.finding for fit in result.slopes)
+
+
+def test_each_kind_of_problem_has_a_floor_of_its_own() -> None:
+    drawn = multistep._chunk(torch.Generator().manual_seed(0), 1)
+    for kind in multistep.RARITY:
+        assert (drawn[f"{kind}/least"] >= drawn[f"{kind}/floor"] - 1e-12).all()
+        assert drawn[f"{kind}/floor"].shape == (1, len(multistep.STEPS))
 
 
 def test_first_order_theory_is_the_expected_gap_of_small_normal_errors() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from polyref.theory.bandit import FiniteBandit, random_bandit
-from polyref.theory.regression import Estimates, estimates, ratio
-from polyref.theory.results import Curve, Estimate
+from polyref.theory.regression import estimates
+from polyref.theory.results import Curve
 from polyref.theory.solutions import reverse_optimum
 
 CONTEXTS, ACTIONS, REFERENCES, DIMENSION, BETA, REWARD_RANGE, SPREAD = 4, 8, 3, 6, 0.1, 2.0, 2.0
@@ -58,31 +58,6 @@ def few_actions(generator: torch.Generator, size: int) -> Tensor:
 def curve(name: str, x: Sequence[float], values: Tensor) -> Curve:
     """The mean of `values` (P, R) with its interval."""
     return Curve.of(name, x, estimates(values))
-
-
-def mean_cell(values: Tensor) -> Estimate:
-    """The mean of `values` (R,) with its interval."""
-    return cell(estimates(values))
-
-
-def ratio_cell(numerator: Tensor, denominator: Tensor) -> Estimate:
-    """mean(numerator)/mean(denominator) of paired replicates (R,) with its interval."""
-    return cell(ratio(numerator, denominator))
-
-
-def cell(found: Estimates, index: int = 0) -> Estimate:
-    """One of the estimates."""
-    return Estimate(float(found.value[index]), float(found.low[index]), float(found.high[index]))
-
-
-def side(one: Estimate) -> int:
-    """Where the interval of a ratio lies: -1 below 1, +1 above 1, 0 around it."""
-    return -1 if one.high < 1 else int(one.low > 1)
-
-
-def shown(one: Estimate, digits: int = 2) -> str:
-    """An estimate with its interval, as in 0.71 [0.65, 0.78]."""
-    return f"{one.value:.{digits}f} [{one.low:.{digits}f}, {one.high:.{digits}f}]"
 
 
 def settings(replicates: int, seed: int, **more: Any) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from polyref.theory.bandit import FiniteBandit, random_bandit
 from polyref.theory.estimators import fit_tabular
 from polyref.theory.preferences import MISSPECIFICATIONS, pair_law
 from polyref.theory.regression import Estimates, Numbers, ratio
-from polyref.theory.results import Estimate
 from polyref.theory.sampling import draw_wins
 from polyref.theory.solutions import solve_reverse_kl
 from polyref.theory.values import reverse_gap
@@ -89,11 +88,6 @@ def draw_data(problem: Problem, pairs: int, generator: torch.Generator) -> Tenso
 def share(reduced: Numbers, plain: Numbers) -> Estimates:
     """The mean of one error as a share of another of the same runs, with its interval."""
     return ratio(reduced, plain, paired=True)
-
-
-def cell(found: Estimates) -> Estimate:
-    """The first of the estimates as the cell of a table."""
-    return Estimate(float(found.value[0]), float(found.low[0]), float(found.high[0]))
 
 
 def _errors(problem: Problem, rewards: Tensor) -> dict[str, Tensor]:

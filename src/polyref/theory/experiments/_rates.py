@@ -11,11 +11,12 @@ from torch import Tensor
 from polyref.theory.bandit import FiniteBandit, random_bandit
 from polyref.theory.estimators import fit_tabular
 from polyref.theory.experiments import Progress
+from polyref.theory.experiments._data import growing_wins
+from polyref.theory.experiments._words import cells
 from polyref.theory.preferences import bradley_terry, pair_law
-from polyref.theory.regression import Estimates, SlopeFit, estimates, fit_slope, mean, quantile
+from polyref.theory.regression import SlopeFit, estimates, fit_slope, mean, quantile
 from polyref.theory.replicates import map_replicates
-from polyref.theory.results import SLOPE_TOLERANCE, Agreement, Curve, Estimate, Table
-from polyref.theory.sampling import draw_wins
+from polyref.theory.results import Curve, Table
 
 SIZES: Final = tuple(500 * 2**k for k in range(9))
 """Pairs: 500 to 128,000."""
@@ -45,27 +46,28 @@ class Rates(NamedTuple):
     """(R,)."""
 
 
+def problems(generator: torch.Generator, size: int) -> FiniteBandit:
+    """`size` random problems."""
+    return random_bandit(
+        generator,
+        replicates=(size,),
+        contexts=CONTEXTS,
+        actions=ACTIONS,
+        references=REFERENCES,
+        beta=BETA,
+        reward_range=REWARD_RANGE,
+    )
+
+
 def measure_over_sizes(
     measure: Measure, constant: Callable[[FiniteBandit], Tensor], replicates: int, seed: int, progress: Progress
 ) -> Rates:
     """`measure` of the rewards estimated from each of SIZES pairs, and `constant` of each problem."""
 
     def run(generator: torch.Generator, size: int) -> dict[str, Tensor]:
-        bandit = random_bandit(
-            generator,
-            replicates=(size,),
-            contexts=CONTEXTS,
-            actions=ACTIONS,
-            references=REFERENCES,
-            beta=BETA,
-            reward_range=REWARD_RANGE,
-        )
+        bandit = problems(generator, size)
         law, preference = pair_law(bandit.contexts, bandit.mixture), bradley_terry(bandit.rewards)
-        wins, seen, values = torch.zeros(size, CONTEXTS, ACTIONS, ACTIONS, dtype=torch.float64), 0, []
-        for pairs in SIZES:
-            wins = wins + draw_wins(law, preference, pairs - seen, size, generator)
-            seen = pairs
-            values.append(measure(fit_tabular(wins, radius=RADIUS), bandit))
+        values = [measure(fit_tabular(wins, radius=RADIUS), bandit) for wins in growing_wins(law, preference, SIZES, generator)]
         return {"values": torch.stack(values, -1), "constants": constant(bandit).expand(size)}
 
     drawn = map_replicates(run, replicates, seed, chunk=50, progress=progress)
@@ -94,16 +96,6 @@ def fit_gaps(name: str, gaps: Tensor, claimed: float) -> GapFits:
     )
 
 
-def cells(found: Estimates) -> list[Estimate]:
-    """One cell of a table a size."""
-    return [Estimate(*one) for one in zip(found.value, found.low, found.high, strict=True)]
-
-
-def told(found: Estimate) -> str:
-    """A number with its interval in a sentence, as in 0.72 [0.65, 0.80]."""
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
-
-
 def settings(replicates: int, seed: int) -> dict[str, Any]:
     """What an ExperimentResult records."""
     return {
@@ -117,18 +109,3 @@ def settings(replicates: int, seed: int) -> dict[str, Any]:
         "reward_range": REWARD_RANGE,
         "radius": RADIUS,
     }
-
-
-def verdict(agreement: Agreement) -> str:
-    """The agreement of a fitted slope with a claimed one, as the end of a sentence."""
-    return {
-        "agrees": f"as claimed (to {SLOPE_TOLERANCE:g})",
-        "beats the claim": "faster than claimed",
-        "misses the claim": "slower than claimed",
-        "no claim": "no rate can be fitted",
-    }[agreement]
-
-
-def shown(fit: SlopeFit) -> str:
-    """A fitted slope with its interval, as in -1.02 [-1.05, -0.99]; or why there is none."""
-    return fit.note if fit.slope != fit.slope else f"{fit.slope:.2f} [{fit.low:.2f}, {fit.high:.2f}]"

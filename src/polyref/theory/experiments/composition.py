@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from polyref.theory.bandit import FiniteBandit
-from polyref.theory.experiments import Experiment, Progress
+from polyref.theory.experiments import Experiment, Progress, _words
 from polyref.theory.regression import Estimates, estimates
 from polyref.theory.replicates import map_replicates
-from polyref.theory.results import Agreement, Cell, Curve, Estimate, ExperimentResult, Panel, Table
+from polyref.theory.results import Agreement, Cell, Curve, ExperimentResult, Panel, Table
 from polyref.theory.solutions import solve_forward_kl, solve_reverse_kl
 from polyref.theory.toy_language import random_toy_language, total_variation
 from polyref.theory.values import forward_gap, reverse_gap
@@ -112,27 +112,27 @@ def _panel(found: dict[tuple[str, float], Estimates], name: str, title: str, y_l
 def _table(found: dict[tuple[str, float], Estimates]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for spread in SPREADS:
-        for row, length in enumerate(LENGTHS):
-            cells = [found[name, spread] for name in MEASURES]
-            rows.append((spread, length, *(Estimate(one.value[row], one.low[row], one.high[row]) for one in cells)))
+        columns = (_words.cells(found[name, spread]) for name in MEASURES)
+        rows += [(spread, *row) for row in zip(LENGTHS, *columns, strict=True)]
     return Table(("logit spread", "tokens", *MEASURES.values()), tuple(rows))
 
 
 def _finding(found: dict[tuple[str, float], Estimates]) -> tuple[Agreement, str]:
     """Agreement: nothing between the two at one token, and a difference beyond doubt from two tokens on."""
     tv = [found[name, spread] for name in ("geometric", "arithmetic") for spread in SPREADS]
-    agree = all(one.high[0] == 0 and (one.low[1:] > 0).all() for one in tv)
+    alike = all(one.high[0] == 0 for one in tv)
+    apart = all((one.low[1:] > 0).all() for one in tv)
     grows = all((np.diff(one.value) > 0).all() for one in tv)
     middle = SPREADS[1]
-    at = {name: (one.value[-1], one.low[-1], one.high[-1]) for name in MEASURES for one in [found[name, middle]]}
-    shown = {name: f"{value:.3f} [{low:.3f}, {high:.3f}]" for name, (value, low, high) in at.items()}
+    shown = {name: _words.told(_words.cells(found[name, middle])[-1], ".3f") for name in MEASURES}
     finding = (
         f"Claimed: token-wise composition is a different distribution. Measured at {LENGTHS[-1]} tokens and logit spread "
         f"{middle:g}: total variation {shown['geometric']} from the geometric composition and {shown['arithmetic']} from the "
         f"mixture, {shown['reverse']} of value lost under reverse KL and {shown['forward']} under forward KL, of a reward "
-        f"range of 1; nothing at one token{', and more with every further one' if grows else ''}."
+        f"range of 1; {'nothing' if alike else 'a difference even'} at one token"
+        f"{', and more total variation with every further one' if grows else ''}."
     )
-    return ("agrees" if agree else "misses the claim"), finding
+    return _words.joint((1 if alike else -1, int(apart))), finding
 
 
 EXPERIMENT = Experiment("composition", TITLE, run, default_replicates=400, seconds=4.0)

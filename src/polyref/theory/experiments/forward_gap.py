@@ -6,7 +6,7 @@ from torch import Tensor
 
 from polyref.theory.bandit import FiniteBandit
 from polyref.theory.coverage import density_coverage
-from polyref.theory.experiments import Experiment, Progress, _rates
+from polyref.theory.experiments import Experiment, Progress, _rates, _words
 from polyref.theory.planner import measured_constants
 from polyref.theory.results import ExperimentResult, Guide, Panel, agreement_of
 from polyref.theory.solutions import forward_optimum, solve_forward_kl
@@ -27,8 +27,8 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         question="Does forward KL to several references cost more data than reverse KL, as its bound says?",
         claim="The gap under forward KL is bounded by a constant over sqrt(n) [MR].",
         finding=(
-            f"Claimed: a bound of slope -0.5. Measured beyond {fits.mean.used[0]:,.0f} pairs: {_rates.shown(fits.mean)} for "
-            f"the mean and {_rates.shown(fits.upper)} for the 90% quantile; {_rates.verdict(agreement)}. The interval of "
+            f"Claimed: a bound of slope -0.5. Measured beyond {fits.mean.used[0]:,.0f} pairs: {_words.shown(fits.mean)} for "
+            f"the mean and {_words.shown(fits.upper)} for the 90% quantile; {_words.verdict(agreement)}. The interval of "
             f"the mean {holds} -1, which the second-order expansion at the optimum gives."
         ),
         agreement=agreement,

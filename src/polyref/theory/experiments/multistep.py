@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from polyref.theory.bandit import FiniteBandit
-from polyref.theory.experiments import Experiment, Progress, _linear
+from polyref.theory.experiments import Experiment, Progress, _linear, _words
 from polyref.theory.multistep import enumerate_steps, fit_pairs, least_acceptance, simulate_steps
 from polyref.theory.regression import SlopeFit, fit_slope
 from polyref.theory.replicates import map_replicates
-from polyref.theory.results import Curve, Estimate, ExperimentResult, Guide, Panel, Table
+from polyref.theory.results import Cell, Curve, Estimate, ExperimentResult, Guide, Panel, Table
 from polyref.theory.solutions import reverse_optimum
 from polyref.theory.values import kl
 
@@ -25,7 +27,6 @@ RARITY: Final = {"rare": 18.0, "common": 3.0}
 """Nats by which the anchor prefers the worst completion to the best one."""
 RANGE_OVER_BETA: Final = REWARD_RANGE / BETA
 
-
 _ERRORS: Final = ("anchored", "imitated", "pairs")
 
 
@@ -35,6 +36,25 @@ class Measured(NamedTuple):
     proposals: Tensor
     simulated: Tensor
     least: Tensor
+    floor: Tensor
+
+    @property
+    def countable(self) -> list[int]:
+        """Which numbers of steps are simulated with at least 10 acceptances to be expected in every step."""
+        return [n for n in range(len(STEPS)) if float(self.least[n].min()) * PROPOSALS >= 10]
+
+    @property
+    def best(self) -> int:
+        """Which number of steps needs the fewest proposals."""
+        return int(self.proposals.mean(-1).argmin())
+
+    @property
+    def checks(self) -> dict[int, Estimate]:
+        """Simulated proposals over exact ones, where they can be counted."""
+        return {n: _words.ratio_cell(self.simulated[n], self.proposals[n]) for n in self.countable}
+
+
+Kinds = dict[str, Measured]
 
 
 def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
@@ -42,82 +62,19 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
     drawn = map_replicates(_chunk, replicates, seed, chunk=25, progress=progress)
     kinds = {kind: Measured(*(drawn[f"{kind}/{name}"].T for name in Measured._fields)) for kind in RARITY}
     errors = {name: drawn[name].T for name in _ERRORS}
-    worst = [N * torch.tensor(RANGE_OVER_BETA / N).exp().item() for N in STEPS]
-    floor = [1 / (bound / steps) for bound, steps in zip(worst, STEPS, strict=True)]
-    held = all(bool((one.least >= drawn["floor"].T - 1e-12).all()) for one in kinds.values())
-    best = {kind: STEPS[int(one.proposals.mean(-1).argmin())] for kind, one in kinds.items()}
-    saved = {kind: _linear.ratio_cell(one.proposals[0], one.proposals[STEPS.index(best[kind])]) for kind, one in kinds.items()}
-    counted = {kind: _countable(one) for kind, one in kinds.items()}
-    checks = {
-        (kind, n): _linear.ratio_cell(one.simulated[n], one.proposals[n]) for kind, one in kinds.items() for n in counted[kind]
-    }
     slopes = tuple(
         fit_slope(STEPS[1:], errors[name][1:], name=f"KL of the law returned, {name}", claimed=None) for name in _ERRORS
     )
-    rows = tuple(
-        (
-            kind,
-            steps,
-            _linear.mean_cell(one.proposals[n]),
-            checks.get((kind, n)),
-            _linear.mean_cell(one.least[n]),
-            floor[n],
-            worst[n],
-        )
-        for kind, one in kinds.items()
-        for n, steps in enumerate(STEPS)
-    )
+    held = all(bool((one.least >= one.floor - 1e-12).all()) for one in kinds.values())
     return ExperimentResult(
         name="multistep",
         title=TITLE,
         question="Is it cheaper to sample the optimum by many small tilts than by one large one?",
         claim="N steps accept at least exp(-R/(N beta)) of the proposals in each step, plain rejection exp(-R/beta) [IT].",
-        finding=(
-            f"Claimed: acceptance of at least exp(-R/(N beta)) a step, so about N exp(R/(N beta)) proposals in all, here with "
-            f"R/beta = {RANGE_OVER_BETA:.0f}. Measured: the floor {'holds in every step' if held else 'is broken'}; where good "
-            f"completions are rare, one step needs {_factor(saved['rare'])} times the proposals of {best['rare']} (the best "
-            f"number tried), where they are common {_factor(saved['common'])} times those of {best['common']}; simulation "
-            f"agrees with enumeration within the intervals in {sum(map(_holds_one, checks.values()))} of {len(checks)} cases. "
-            "With fit errors the law returned is off by a KL that changes with the number of steps at slope "
-            f"{_slope(slopes[0])} when fits are anchored, {_slope(slopes[1])} when each imitates the last, and "
-            f"{_slope(slopes[2])} when each is fitted to pairs of the latest draws alone."
-        ),
+        finding=_finding(kinds, slopes, held),
         agreement="agrees" if held else "misses the claim",
-        panels=(
-            Panel(
-                "Total proposals for one accepted completion a step",
-                "steps N",
-                "proposals",
-                (
-                    *(_linear.curve(f"{kind}, exact", STEPS, one.proposals) for kind, one in kinds.items()),
-                    *(
-                        _linear.curve(f"{kind}, simulated", [STEPS[n] for n in counted[kind]], one.simulated[counted[kind]])
-                        for kind, one in kinds.items()
-                    ),
-                    Curve("worst case", STEPS, worst),
-                ),
-            ),
-            Panel(
-                "Smallest acceptance of any step and prompt",
-                "steps N",
-                "acceptance",
-                (
-                    *(_linear.curve(kind, STEPS, one.least) for kind, one in kinds.items()),
-                    Curve("claimed floor", STEPS, floor),
-                ),
-            ),
-            Panel(
-                "Law returned by policies fitted with error",
-                "steps N",
-                "KL to the optimum",
-                tuple(_linear.curve(name, STEPS[1:], errors[name][1:]) for name in _ERRORS),
-                (Guide(1.0, "errors that add up"),),
-            ),
-        ),
-        table=Table(
-            ("good completions", "steps", "proposals", "simulated / exact", "least acceptance", "claimed floor", "worst case"),
-            rows,
-        ),
+        panels=_panels(kinds, errors),
+        table=_table(kinds),
         slopes=slopes,
         settings={
             "replicates": replicates,
@@ -153,7 +110,7 @@ def _chunk(generator: torch.Generator, size: int) -> dict[str, Tensor]:
         results[f"{kind}/proposals"] = torch.stack([path.proposals.mean(-1) for path in paths], -1)
         results[f"{kind}/least"] = torch.stack([path.acceptance.amin((-2, -1)) for path in paths], -1)
         results[f"{kind}/simulated"] = torch.stack([_simulated(bandit, steps, generator, size) for steps in STEPS], -1)
-        results["floor"] = torch.stack([least_acceptance(bandit, steps).amin(-1) for steps in STEPS], -1)
+        results[f"{kind}/floor"] = torch.stack([least_acceptance(bandit, steps).amin(-1) for steps in STEPS], -1)
     off: dict[str, list[Tensor]] = {name: [] for name in _ERRORS}
     for steps in STEPS:
         noise = ERROR * torch.randn(size, steps - 1, 2, ACTIONS, generator=generator, dtype=torch.float64)
@@ -199,25 +156,79 @@ def _returned(bandit: FiniteBandit, steps: int, generator: torch.Generator, size
     return kl(law, optimum).mean(-1)
 
 
-def _countable(one: Measured) -> list[int]:
-    """Which numbers of steps are simulated with at least 10 acceptances to be expected in every step."""
-    return [n for n in range(len(STEPS)) if float(one.least[n].min()) * PROPOSALS >= 10]
+def _panels(kinds: Kinds, errors: dict[str, Tensor]) -> tuple[Panel, ...]:
+    exact = (_linear.curve(f"{kind}, exact", STEPS, one.proposals) for kind, one in kinds.items())
+    simulated = (
+        _linear.curve(f"{kind}, simulated", [STEPS[n] for n in one.countable], one.simulated[one.countable])
+        for kind, one in kinds.items()
+        if one.countable
+    )
+    least = (_linear.curve(kind, STEPS, one.least) for kind, one in kinds.items())
+    returned = (_linear.curve(name, STEPS[1:], errors[name][1:]) for name in _ERRORS)
+    return (
+        Panel(
+            "Total proposals for one accepted completion a step",
+            "steps N",
+            "proposals",
+            (*exact, *simulated, Curve("worst case", STEPS, list(map(_worst, STEPS)))),
+        ),
+        Panel(
+            "Smallest acceptance of any step and prompt",
+            "steps N",
+            "acceptance",
+            (*least, Curve("claimed floor", STEPS, list(map(_floor, STEPS)))),
+        ),
+        Panel(
+            "Law returned by policies fitted with error",
+            "steps N",
+            "KL to the optimum",
+            tuple(returned),
+            (Guide(1.0, "errors that add up"),),
+        ),
+    )
 
 
-def _factor(one: Estimate) -> str:
-    return f"{one.value:,.3g} [{one.low:,.3g}, {one.high:,.3g}]" if one.value < 100 else _thousands(one)
+def _table(kinds: Kinds) -> Table:
+    columns = ("good completions", "steps", "proposals", "simulated / exact", "least acceptance", "claimed floor", "worst case")
+    rows: list[tuple[Cell, ...]] = []
+    for kind, one in kinds.items():
+        checks = one.checks
+        for n, steps in enumerate(STEPS):
+            proposals, least = _words.mean_cell(one.proposals[n]), _words.mean_cell(one.least[n])
+            rows.append((kind, steps, proposals, checks.get(n), least, _floor(steps), _worst(steps)))
+    return Table(columns, tuple(rows))
 
 
-def _thousands(one: Estimate) -> str:
-    return f"{one.value:,.0f} [{one.low:,.0f}, {one.high:,.0f}]"
+def _finding(kinds: Kinds, slopes: Sequence[SlopeFit], held: bool) -> str:
+    sides = [_words.side(check) for one in kinds.values() for check in one.checks.values()]
+    anchored, imitated, pairs = map(_words.shown, slopes)
+    return (
+        f"Claimed: acceptance of at least exp(-R/(N beta)) a step, so about N exp(R/(N beta)) proposals in all, here with "
+        f"R/beta = {RANGE_OVER_BETA:.0f}. Measured: the floor {'holds in every step' if held else 'is broken'}; where good "
+        f"completions are rare, one step needs {_saved(kinds['rare'])}; where they are common, {_saved(kinds['common'])}; "
+        f"simulation agrees with enumeration within the intervals in {sides.count(0)} of {len(sides)} cases. With fit errors "
+        f"the law returned is off by a KL that changes with the number of steps at slope {anchored} when fits are anchored, "
+        f"{imitated} when each imitates the last, and {pairs} when each is fitted to pairs of the latest draws alone."
+    )
 
 
-def _holds_one(one: Estimate) -> bool:
-    return _linear.side(one) == 0
+def _saved(one: Measured) -> str:
+    """Proposals of one step over those of the best number of steps."""
+    if one.best == 0:
+        return "the fewest proposals of all numbers tried"
+    saved = _words.ratio_cell(one.proposals[0], one.proposals[one.best])
+    times = _words.told(saved, ",.3g" if saved.high < 1000 else ",.0f")
+    return f"{times} times the proposals of {STEPS[one.best]} (the best number tried)"
 
 
-def _slope(fit: SlopeFit) -> str:
-    return f"{fit.slope:.2f} [{fit.low:.2f}, {fit.high:.2f}]"
+def _worst(steps: int) -> float:
+    """N exp(R/(N beta)): about the proposals that N steps can need."""
+    return steps * math.exp(RANGE_OVER_BETA / steps)
 
 
-EXPERIMENT = Experiment("multistep", TITLE, run, default_replicates=60, seconds=9.0)
+def _floor(steps: int) -> float:
+    """exp(-R/(N beta)): the claimed least acceptance of a step."""
+    return math.exp(-RANGE_OVER_BETA / steps)
+
+
+EXPERIMENT = Experiment("multistep", TITLE, run, default_replicates=100, seconds=15.0)

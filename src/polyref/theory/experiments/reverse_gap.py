@@ -6,7 +6,7 @@ from torch import Tensor
 
 from polyref.theory.bandit import FiniteBandit
 from polyref.theory.coverage import density_coverage
-from polyref.theory.experiments import Experiment, Progress, _rates
+from polyref.theory.experiments import Experiment, Progress, _rates, _words
 from polyref.theory.planner import measured_constants
 from polyref.theory.results import ExperimentResult, Guide, Panel, agreement_of
 from polyref.theory.solutions import reverse_optimum, solve_reverse_kl
@@ -26,8 +26,8 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         question="How fast does the policy fitted to n pairs approach the optimum of the objective it is fitted for?",
         claim="The regularised gap under reverse KL falls as 1/n, given coverage of every reference [MR].",
         finding=(
-            f"Claimed: slope -1. Measured beyond {fits.mean.used[0]:,.0f} pairs: {_rates.shown(fits.mean)} for the mean and "
-            f"{_rates.shown(fits.upper)} for the 90% quantile; {_rates.verdict(agreement)}."
+            f"Claimed: slope -1. Measured beyond {fits.mean.used[0]:,.0f} pairs: {_words.shown(fits.mean)} for the mean and "
+            f"{_words.shown(fits.upper)} for the 90% quantile; {_words.verdict(agreement)}."
         ),
         agreement=agreement,
         panels=(

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from polyref.theory.experiments import Experiment, Progress, _linear
+from polyref.theory.experiments import Experiment, Progress, _linear, _words
 from polyref.theory.gshf import offline_greedy, offline_policy_level
 from polyref.theory.online import Learner, Strategy, enhancing, fixed, run_hybrid, run_rounds
 from polyref.theory.replicates import map_replicates
@@ -28,26 +28,17 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
     settings = {GREEDY: labels, PESSIMIST: labels, HYBRID: late}
     last = {(kind, name): gaps[f"{kind}/{name}"][:, -1] for kind in DATA for name in settings}
     online = gaps[ONLINE][:, -1]
-    ratios = {key: _linear.ratio_cell(values, online) for key, values in last.items()}
-    mended = {kind: _linear.ratio_cell(last[kind, HYBRID], last[kind, GREEDY]) for kind in DATA}
-    rows = [
-        (DATA[kind], name, _linear.mean_cell(last[kind, name]), ratios[kind, name])
-        for kind in DATA
-        for name in (GREEDY, PESSIMIST, HYBRID)
-    ]
+    ratios = {key: _words.ratio_cell(values, online) for key, values in last.items()}
+    mended = {kind: _words.ratio_cell(last[kind, HYBRID], last[kind, GREEDY]) for kind in DATA}
+    agreement, finding = _finding(ratios, mended)
+    rows = [(DATA[key[0]], key[1], _words.mean_cell(values), ratios[key]) for key, values in last.items()]
     return ExperimentResult(
         name="settings",
         title=TITLE,
         question="For a given number of labels: data at hand, the policy as it learns, or both?",
         claim="Online exploration needs no coverage by offline data; hybrid learning mends data that lack it [IT].",
-        finding=(
-            f"Claimed: bad offline coverage hurts offline learning and not the others. Measured at {LABELS:,} labels, gap over "
-            "that of online learning: "
-            + "; ".join(f"{DATA[kind]}, {_three(kind, ratios)}" for kind in DATA)
-            + f". Hybrid over offline greedy: {_linear.shown(mended['good'])} from good data, "
-            f"{_linear.shown(mended['bad'])} from bad; {_verdict(ratios, mended)}."
-        ),
-        agreement=_agreement(ratios, mended),
+        finding=finding,
+        agreement=agreement,
         panels=tuple(
             Panel(
                 text.capitalize(),
@@ -62,7 +53,7 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         ),
         table=Table(
             ("offline data", "setting", f"gap at {LABELS:,} labels", "over online"),
-            (*rows, ("none", ONLINE, _linear.mean_cell(online), None)),
+            (*rows, ("none", ONLINE, _words.mean_cell(online), None)),
         ),
         settings=_linear.settings(replicates, seed, labels=LABELS, batch=BATCH, offline_labels=OFFLINE, scale=_linear.SCALE),
         notes=(
@@ -110,22 +101,23 @@ def _chunk(generator: torch.Generator, size: int) -> dict[str, Tensor]:
     return results
 
 
-def _three(kind: str, ratios: dict[tuple[str, str], Estimate]) -> str:
-    return ", ".join(f"{name} {_linear.shown(ratios[kind, name])}" for name in (GREEDY, PESSIMIST, HYBRID))
-
-
-def _agreement(ratios: dict[tuple[str, str], Estimate], mended: dict[str, Estimate]) -> Agreement:
-    """Of the two claims about bad data, offline greedy above online and hybrid below offline: both hold, or one is reversed."""
-    sides = (_linear.side(ratios["bad", GREEDY]), -_linear.side(mended["bad"]))
-    return "agrees" if sides == (1, 1) else "misses the claim" if -1 in sides else "no claim"
-
-
-def _verdict(ratios: dict[tuple[str, str], Estimate], mended: dict[str, Estimate]) -> str:
-    return {
+def _finding(ratios: dict[tuple[str, str], Estimate], mended: dict[str, Estimate]) -> tuple[Agreement, str]:
+    """Of the two claims about bad data, offline greedy above online, hybrid below offline: each holds, is reversed, or open."""
+    agreement = _words.joint((_words.side(ratios["bad", GREEDY]), -_words.side(mended["bad"])))
+    end = {
         "agrees": "from bad data offline learning falls behind and hybrid learning mends it, as claimed",
         "misses the claim": "from bad data the order is not the claimed one",
-        "no claim": "from bad data the intervals do not settle the order",
-    }[_agreement(ratios, mended)]
+        "undecided": "from bad data the intervals do not settle the order",
+    }[agreement]
+    over = "; ".join(
+        f"{text}, " + ", ".join(f"{name} {_words.told(ratios[kind, name])}" for name in (GREEDY, PESSIMIST, HYBRID))
+        for kind, text in DATA.items()
+    )
+    return agreement, (
+        f"Claimed: bad offline coverage hurts offline learning and not the others. Measured at {LABELS:,} labels, gap over "
+        f"that of online learning: {over}. Hybrid over offline greedy: {_words.told(mended['good'])} from good data, "
+        f"{_words.told(mended['bad'])} from bad; {end}."
+    )
 
 
 EXPERIMENT = Experiment("settings", TITLE, run, default_replicates=100, seconds=16.0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from polyref.theory.bandit import FiniteBandit
-from polyref.theory.experiments import Experiment, Progress, _rates
+from polyref.theory.experiments import Experiment, Progress, _rates, _words
 from polyref.theory.regression import estimates, fit_slope, mean, quantile, rms
 from polyref.theory.results import Curve, ExperimentResult, Guide, Panel, Table, agreement_of
 from polyref.theory.solutions import solve_reverse_kl
@@ -25,7 +25,7 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         for statistic, claimed in zip(statistics, (None, -0.5, -0.5), strict=True)
     )
     negative = (gaps < 0).double().mean(-1).tolist()
-    rows = zip(sizes, _rates.cells(average), _rates.cells(square), _rates.cells(upper), negative, strict=True)
+    rows = zip(sizes, _words.cells(average), _words.cells(square), _words.cells(upper), negative, strict=True)
     agreement = agreement_of(slope)
     return ExperimentResult(
         name="unregularised-gap",
@@ -33,10 +33,10 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         question="How much expected reward does a policy fitted to n pairs give away, or win, against the regularised optimum?",
         claim="E_{pi*} r - E_{pi^} r, pi* optimal for the regularised objective, is bounded by a constant over sqrt(n) [MR].",
         finding=(
-            f"Claimed: a bound of slope -0.5. Measured: {_rates.shown(slope)} for the root mean square beyond "
-            f"{slope.used[0]:,.0f} pairs and {_rates.shown(tail)} for the 90% quantile; {_rates.verdict(agreement)}. The gap "
+            f"Claimed: a bound of slope -0.5. Measured: {_words.shown(slope)} for the root mean square beyond "
+            f"{slope.used[0]:,.0f} pairs and {_words.shown(tail)} for the 90% quantile; {_words.verdict(agreement)}. The gap "
             f"is negative in {negative[-1]:.0%} of the runs at {sizes[-1]:,} pairs; slope of its signed mean: "
-            f"{_rates.shown(centre)}."
+            f"{_words.shown(centre)}."
         ),
         agreement=agreement,
         panels=(

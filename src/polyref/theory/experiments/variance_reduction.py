@@ -6,55 +6,52 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyref.theory.auxiliary import G_QUALITIES
-from polyref.theory.experiments import Experiment, Progress, _precision, _rates
+from polyref.theory.auxiliary import FITTED_PAIRS, G_QUALITIES
+from polyref.theory.experiments import Experiment, Progress, _precision, _words
+from polyref.theory.experiments._data import growing_wins
+from polyref.theory.experiments._words import MARGIN
 from polyref.theory.preferences import MISSPECIFICATIONS
 from polyref.theory.replicates import map_replicates
-from polyref.theory.results import Cell, Curve, Estimate, ExperimentResult, Guide, Panel, Table
+from polyref.theory.results import Agreement, Curve, Estimate, ExperimentResult, Guide, Panel, Table
 
 TITLE = "Variance reduction by misspecification and by quality of the auxiliary model"
 PAIRS, AUXILIARY = 4000, 4
 GROWING = (500, 1000, 2000, 4000, 8000, 16000)
 WELL_SPECIFIED = "bradley_terry"
 
+Shares = dict[tuple[str, str], Estimate]
+"""By law of labels and quality of g."""
+
 
 def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
     """Squared error and regret of the variance-reduced fit as a share of the plain one's, by law of labels, g and n."""
     drawn = map_replicates(_replicates, replicates, seed, chunk=25, progress=progress)
-    rows: list[tuple[Cell, ...]] = []
-    shares: dict[tuple[str, str], Estimate] = {}
-    for law in MISSPECIFICATIONS:
-        for quality in G_QUALITIES:
-            key = f"{law} {quality}"
-            error, regret = (
-                _precision.cell(_precision.share(drawn[f"{key} {what}"], drawn[f"{law} plain {what}"]))
-                for what in ("error", "regret")
-            )
-            predicted = float(drawn[f"{key} predicted"].mean() / drawn[f"{law} predicted"].mean())
-            shares[law, quality] = error
-            rows.append((law.replace("_", "-"), quality, error, predicted, regret))
-    wrong = [law for law in MISSPECIFICATIONS if law != WELL_SPECIFIED]
-    helped = [law for law in wrong if shares[law, "true"].high < 1]
-    hurt = [quality for quality in list(G_QUALITIES)[1:] if any(shares[law, quality].low > 1 for law in MISSPECIFICATIONS)]
-    by_law = ", ".join(f"{_rates.told(shares[law, 'true'])} {law.replace('_', '-')}" for law in MISSPECIFICATIONS)
+    errors, regrets = (_shares(drawn, what) for what in ("error", "regret"))
+    predicted = {
+        (law, quality): float(drawn[f"{law} {quality} predicted"].mean() / drawn[f"{law} predicted"].mean())
+        for law, quality in errors
+    }
+    agreement, finding = _finding(errors, regrets)
     return ExperimentResult(
         name="variance-reduction",
         title=TITLE,
         question="Given a model of the annotators, how much more precise do the fitted rewards become, and when less?",
         claim="An auxiliary model lowers error and regret where Bradley-Terry is wrong, and keeps them where it is right [VR].",
-        finding=(
-            f"Claimed: less error under every misspecification. Measured with the true g, M = {AUXILIARY}, {PAIRS:,} pairs, as "
-            f"a share of the plain error: {by_law}; less under {len(helped)} of {len(wrong)} misspecifications. With these "
-            f"other g the error grows under some law: {', '.join(hurt) or 'none'}."
+        finding=finding,
+        agreement=agreement,
+        panels=(_by_quality(errors), _by_size(drawn)),
+        table=Table(
+            ("labels", "g", "error / plain", "predicted", "regret / plain"),
+            tuple((_name(key[0]), key[1], errors[key], predicted[key], regrets[key]) for key in errors),
         ),
-        agreement="agrees" if len(helped) == len(wrong) else "misses the claim",
-        panels=(_by_quality(shares), _by_size(drawn)),
-        table=Table(("labels", "g", "error / plain", "predicted", "regret / plain"), tuple(rows)),
         settings={"replicates": replicates, "seed": seed, "pairs": PAIRS, "growing": list(GROWING), "auxiliary": AUXILIARY}
         | _precision.SIZES,
         notes=(
             *_precision.ASSUMPTIONS,
             "predicted: the ratio of the exact asymptotic variances (polyref.theory.asymptotics), which no run enters.",
+            f"Less: the interval is below 1. Kept: it is below {1 + MARGIN:g}. One above {1 - MARGIN:g} counts as no gain.",
+            f"The fitted g has seen {FITTED_PAIRS} labelled pairs a context of its own, {FITTED_PAIRS * _precision.CONTEXTS} "
+            "in all, on top of those that the plain fit sees too: its comparison is not at equal labels. Other g see none.",
         ),
     )
 
@@ -64,9 +61,8 @@ def _replicates(generator: torch.Generator, size: int) -> dict[str, Tensor]:
     for law in MISSPECIFICATIONS:
         problem = _precision.draw_problem(law, size, generator)
         found[f"{law} predicted"] = _precision.predicted_error(problem)
-        wins, seen = torch.zeros_like(problem.law), 0
-        for pairs in GROWING:
-            wins, seen = wins + _precision.draw_data(problem, pairs - seen, generator), pairs
+        growing = growing_wins(problem.law, problem.preference, GROWING, generator)
+        for pairs, wins in zip(GROWING, growing, strict=True):
             plain = _precision.plain_errors(problem, wins)
             reduced = _precision.reduced_errors(problem, wins, problem.preference, AUXILIARY, generator)
             found[f"{law} plain at {pairs}"], found[f"{law} reduced at {pairs}"] = plain["error"], reduced["error"]
@@ -86,11 +82,42 @@ def _by_g(law: str, problem: _precision.Problem, wins: Tensor, generator: torch.
     return found
 
 
-def _by_quality(shares: dict[tuple[str, str], Estimate]) -> Panel:
+def _shares(drawn: dict[str, Tensor], what: str) -> Shares:
+    """Error or regret with each g as a share of the plain fit's."""
+    return {
+        (law, quality): _words.ratio_cell(drawn[f"{law} {quality} {what}"], drawn[f"{law} plain {what}"])
+        for law in MISSPECIFICATIONS
+        for quality in G_QUALITIES
+    }
+
+
+def _finding(errors: Shares, regrets: Shares) -> tuple[Agreement, str]:
+    """With the true g: less of both under each wrong law, and under the right one no more than MARGIN above."""
+    wrong = [law for law in MISSPECIFICATIONS if law != WELL_SPECIFIED]
+    less = {what: [_words.lower(shares[law, "true"]) for law in wrong] for what, shares in (("e", errors), ("r", regrets))}
+    kept = [_words.lower(shares[WELL_SPECIFIED, "true"], 1 + MARGIN) for shares in (errors, regrets)]
+    agreement = _words.joint((*less["e"], *less["r"], *kept))
+    gains = [_name(law) for law, sign in zip(wrong, less["e"], strict=True) if sign < 0]
+    hurt = [quality for quality in list(G_QUALITIES)[1:] if any(errors[law, quality].low > 1 for law in MISSPECIFICATIONS)]
+    by_law = ", ".join(f"{_words.told(errors[law, 'true'])} {_name(law)}" for law in MISSPECIFICATIONS)
+    return agreement, (
+        f"Claimed: less error and regret under every misspecification. Measured with the true g, M = {AUXILIARY}, {PAIRS:,} "
+        f"pairs, error as a share of the plain one: {by_law}; less under {less['e'].count(1)} of {len(wrong)} "
+        f"misspecifications, no gain of {MARGIN:.0%} under {', '.join(gains) or 'none'}; less regret under "
+        f"{less['r'].count(1)}; {_words.outcome(agreement)}. With these other g the error grows under some law: "
+        f"{', '.join(hurt) or 'none'}."
+    )
+
+
+def _name(law: str) -> str:
+    return law.replace("_", "-")
+
+
+def _by_quality(shares: Shares) -> Panel:
     curves = []
     for law in MISSPECIFICATIONS:
         value, low, high = np.array([shares[law, quality] for quality in G_QUALITIES]).T
-        curves.append(Curve(law.replace("_", "-"), range(len(G_QUALITIES)), value, low, high))
+        curves.append(Curve(_name(law), range(len(G_QUALITIES)), value, low, high))
     return Panel(
         f"Squared error by quality of g, {PAIRS:,} pairs, M = {AUXILIARY}",
         "auxiliary model g",
@@ -106,7 +133,7 @@ def _by_size(drawn: dict[str, Tensor]) -> Panel:
     curves = []
     for law in MISSPECIFICATIONS:
         reduced, plain = (torch.stack([drawn[f"{law} {fit} at {n}"] for n in GROWING]) for fit in ("reduced", "plain"))
-        curves.append(Curve.of(law.replace("_", "-"), GROWING, _precision.share(reduced, plain)))
+        curves.append(Curve.of(_name(law), GROWING, _precision.share(reduced, plain)))
     return Panel(
         f"Squared error with the true g, M = {AUXILIARY}",
         "preference pairs",
