@@ -99,6 +99,17 @@ def test_where_it_is_wrong_a_true_guess_gains_from_four_pairs_and_nothing_from_o
     assert eigenvalues(1, control=0.5).amin() > -1e-9 and eigenvalues(1, control=0.5).amax() > 0.05
 
 
+def test_a_context_without_pairs_changes_no_other() -> None:
+    law, preference = problem(2.0)
+    for g in (None, guess()):
+        whole = error_covariance(law, preference, pseudo_true(law, preference), g=g)
+        empty = law.clone()
+        empty[0] = 0
+        found = error_covariance(empty, preference, pseudo_true(empty, preference), g=g)
+        assert (found[0] == 0).all()
+        torch.testing.assert_close(found[1], whole[1])
+
+
 def test_fewer_than_one_auxiliary_pair_is_refused() -> None:
     law, preference = problem(1.0)
     with pytest.raises(ConfigError, match="auxiliary_pairs is 0"):

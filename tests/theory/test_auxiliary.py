@@ -13,6 +13,7 @@ from polyref.errors import ConfigError
 from polyref.objectives.pairwise import sigmoid
 from polyref.objectives.variance_reduced import variance_reduced
 from polyref.theory.auxiliary import G_QUALITIES, distorted, doubly_robust_win_rate, variance_reduced_terms
+from polyref.theory.checks import check_preference
 from polyref.theory.estimators import fit_linear, fit_tabular
 from polyref.theory.preferences import MISSPECIFICATIONS, bradley_terry, pair_law
 from polyref.theory.sampling import count_wins, draw_pairs, draw_wins
@@ -174,7 +175,7 @@ def test_the_doubly_robust_win_rate_is_right_when_either_half_is_and_wrong_when_
 
 def test_bad_input_is_refused_in_one_line() -> None:
     wins, g = torch.ones(X, Y, Y, dtype=torch.float64), bradley_terry(torch.zeros(X, Y))
-    with pytest.raises(ConfigError, match=r"g \(2, 4, 4\): is not"):
+    with pytest.raises(ConfigError, match=r"g \(2, 4, 4\): does not satisfy"):
         variance_reduced_terms(wins, 0.9 * g, law())
     with pytest.raises(ConfigError, match="do not fit"):
         variance_reduced_terms(wins[:, :3, :3], g, law())
@@ -182,6 +183,41 @@ def test_bad_input_is_refused_in_one_line() -> None:
         variance_reduced_terms(wins, g, law(), control=2.0)
     with pytest.raises(ConfigError, match="explicit generator"):
         variance_reduced_terms(wins, g, law(), draws=4)
+    with pytest.raises(ConfigError, match=r"law \(2, 4, 4\): holds a mass that is negative"):
+        variance_reduced_terms(wins, g, -law())
+    with pytest.raises(ConfigError, match=r"g \(2, 4, 4\): does not satisfy"):
+        variance_reduced_terms(wins, g * math.nan, law())
     pairs = draw_pairs(law(distinct=False), g, 5, 2, generator())
     with pytest.raises(ConfigError, match=r"log_policy \(2, 3\)"):
         doubly_robust_win_rate(pairs, g, torch.zeros(2, 3), torch.zeros(X, Y))
+
+
+@pytest.mark.parametrize("draws", [None, 3])
+def test_a_law_without_pairs_where_there_are_data_is_refused_and_elsewhere_is_not(draws: int | None) -> None:
+    joint, wins, g = law(), torch.ones(X, Y, Y, dtype=torch.float64), bradley_terry(torch.zeros(X, Y))
+    joint[1] = 0
+    with pytest.raises(ConfigError, match=r"law \(2, 4, 4\): has no pairs in context 1, which has data"):
+        variance_reduced_terms(wins, g, joint, draws=draws, generator=generator())
+    with pytest.raises(ConfigError, match=r"no pairs in context \(2, 1\)"):
+        variance_reduced_terms(
+            wins.expand(3, X, Y, Y), g, torch.stack([law(), law(), joint]), draws=draws, generator=generator()
+        )
+    wins[1] = 0
+    terms = variance_reduced_terms(wins, g, joint, draws=draws, generator=generator())
+    assert float(terms.wins[0].sum()) == pytest.approx(Y * Y) and not terms.wins[1].any()
+
+
+def test_preferences_of_single_precision_are_symmetrised_the_same_way_everywhere() -> None:
+    rewards = 3 * normal(X, Y, seed=1)
+    single = torch.sigmoid((rewards[:, :, None] - rewards[:, None, :]).float())
+    assert ((single.double() + single.double().mT - 1).abs() > 1e-9).any()
+    wins = draw_wins(law(), single, 100, 2, generator())
+    terms = variance_reduced_terms(wins, single, law())
+    torch.testing.assert_close(
+        terms.linear, variance_reduced_terms(wins, bradley_terry(rewards), law()).linear, rtol=0, atol=1e-4
+    )
+    symmetric = check_preference(single, "P")
+    torch.testing.assert_close(symmetric + symmetric.mT, torch.ones(X, Y, Y, dtype=torch.float64), rtol=0, atol=2e-16)
+    edge = torch.tensor([[[0.5, 0.0], [1 + 1e-7, 0.5]]], dtype=torch.float64)
+    assert ((check_preference(edge, "P") >= 0) & (check_preference(edge, "P") <= 1)).all()
+    assert draw_pairs(law(), single, 5, 2, generator()).z.shape == (2, 5)

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -290,6 +291,34 @@ def test_shapes_that_do_not_fit(changes):
     with pytest.raises(ConfigError) as error:
         changed(**changes)
     assert_one_line(error, "shapes do not fit", "rewards (")
+
+
+def test_a_problem_without_references_and_a_best_action_that_is_alone_are_refused():
+    with pytest.raises(ConfigError) as error:
+        FiniteBandit.tabular(doubles(3, 4), doubles(3, 4, 0), beta=1.0)
+    assert_one_line(error, "shapes do not fit", "logps (3, 4, 0)")
+    single = FiniteBandit.tabular(doubles(3, 1), torch.zeros(3, 1, 2), beta=1.0)
+    with pytest.raises(ConfigError) as error:
+        with_coverage(single, 0.3)
+    assert_one_line(error, "coverage 0.3", "context and reference (0, 0)", "at least two actions")
+    point = torch.tensor([[[0.3, 1.0], [0.7, 0.0]]], dtype=torch.float64).log()
+    rewards = torch.tensor([[1.0, 0.0]])
+    with pytest.raises(ConfigError) as error:
+        with_coverage(FiniteBandit.tabular(rewards, point, beta=1.0), 0.3)
+    assert_one_line(error, "context and reference (0, 1)")
+    removed = with_coverage(FiniteBandit.tabular(rewards, point, [1.0, 0.0], beta=1.0), 0.3)
+    torch.testing.assert_close(removed.mixture.exp(), torch.tensor([[0.3, 0.7]]).double())
+
+
+def test_lists_and_arrays_make_the_same_problem_as_tensors():
+    rewards, logps = doubles(3, 4), references(3, 4, 2)
+    made = FiniteBandit.tabular(rewards, logps, [0.3, 0.7], beta=1.0)
+    for other in (
+        FiniteBandit.tabular(rewards.tolist(), logps.tolist(), [0.3, 0.7], beta=1.0, contexts=[1 / 3] * 3),
+        FiniteBandit.tabular(rewards.numpy(), logps.numpy(), numpy.array([0.3, 0.7]), beta=1.0),
+        FiniteBandit.linear(rewards[..., None].tolist(), [1.0], logps.tolist(), [0.3, 0.7], beta=1.0),
+    ):
+        torch.testing.assert_close(reverse_optimum(other), reverse_optimum(made))
 
 
 def test_contexts_off_the_simplex_and_coverage_out_of_range():

@@ -286,8 +286,61 @@ def test_bad_input_is_refused():
     with pytest.raises(ConfigError, match=r"auxiliary actions \(2, 9, 1\) .* do not fit pairs \(2, 10\)"):
         fit_variance_reduced(bandit, pairs, wins / 2, *(a[:, :9, None] for a in pairs[1:3]), sigmoid)
     drawn = (pairs.first[..., None], pairs.second[..., None])
-    for g, what in ((wins, r"g \+ g\^T = 1"), (wins[:2] / 2, r"g \(2, 4, 4\) is not \(3, 4, 4\)")):
+    for g, what in ((wins, r"P \+ P\^T = 1"), (wins[:2] / 2, r"g \(2, 4, 4\) is not \(3, 4, 4\)")):
         with pytest.raises(ConfigError, match=what):
             fit_variance_reduced(bandit, pairs, g, *drawn, sigmoid)
         with pytest.raises(ConfigError, match=what):
             fit_doubly_robust(bandit, pairs, g, log_mu)
+
+
+def test_pairs_that_do_not_fit_are_refused_by_both_fits():
+    """The last action has no support, and four pairs a replicate compare the others."""
+    bandit, _ = partly_supported()
+    index = torch.tensor([[0, 1, 2, 3]]).expand(2, 4)
+    good = Pairs(index % 2, index, (index + 1) % 4, torch.tensor([[1.0, 0.0, 1.0, 0.5]]).double().expand(2, 4))
+    g, log_mu = torch.full((2, 5, 5), 0.5, dtype=torch.float64), bandit.mixture
+
+    def fits(pairs: Pairs, *, shares: Tensor | None = None, mu: Tensor = log_mu, drawn: Tensor | None = None) -> list[Tensor]:
+        drawn = (good.first if drawn is None else drawn)[..., None]
+        other = good.second[..., None]
+        return [
+            fit_variance_reduced(bandit, pairs, g, drawn, other, sigmoid, ridge=0.1, shares=shares),
+            fit_doubly_robust(bandit, pairs, g, mu, shares=shares),
+        ]
+
+    assert all(fit[..., 4].isneginf().all() for fit in fits(good))
+
+    def changed(name: str, at: tuple[int, int], value: float) -> Pairs:
+        part = getattr(good, name).clone()
+        part[at] = value
+        return good._replace(**{name: part})
+
+    for bad, what in (
+        (changed("first", (1, 2), 4), r"first \(2, 4\) of the pairs: pair \(1, 2\) has an action that no reference supports"),
+        (changed("second", (0, 1), 4), "no reference supports"),
+        (changed("first", (0, 0), 5), r"first \(2, 4\) of the pairs: holds what is no index below 5"),
+        (changed("contexts", (0, 0), -1), "no index below 2"),
+        (changed("z", (0, 0), math.nan), r"labels z are not in \[0, 1\]"),
+        (good._replace(first=good.first[:, :3]), "do not fit each other"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            fits(bad)
+        with pytest.raises(ConfigError, match=what):
+            fit_doubly_robust(bandit, bad, g, log_mu)
+    for shares, what in ((torch.ones(3), "do not fit"), (-torch.ones(2, 4), "negative"), (torch.ones(2, 4) / 0, "finite")):
+        with pytest.raises(ConfigError, match=what):
+            fits(good, shares=shares)
+        with pytest.raises(ConfigError, match=what):
+            fit_doubly_robust(bandit, good, g, log_mu, shares=shares)
+    with pytest.raises(ConfigError, match=r"auxiliary \(2, 4, 1\) of the pairs: pair .* no reference supports"):
+        fits(good, drawn=changed("first", (0, 3), 4).first)
+    narrow = torch.tensor([[1.0, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0]]).double().log()
+    with pytest.raises(ConfigError, match=r"log_mu \(2, 5\): pair \(0, 2\) has an action of log-probability -inf"):
+        fits(good, mu=narrow)
+    with pytest.raises(ConfigError, match=r"log_mu \(5,\) is not"):
+        fits(good, mu=narrow[0])
+    with pytest.raises(ConfigError, match="one of those a replicate"):
+        fit_doubly_robust(bandit, good, g.expand(3, 2, 5, 5), log_mu)
+    unshared = torch.tensor([[1.0, 1.0, 0.0, 1.0]]).double().expand(2, 4)
+    odd = changed("first", (1, 2), 4)
+    torch.testing.assert_close(fits(odd, shares=unshared)[1], fits(good, shares=unshared)[1])

@@ -200,6 +200,24 @@ def test_bad_input_is_one_line() -> None:
         gshf.covariance(torch.ones(CONTEXTS, ACTIONS, ACTIONS, dtype=torch.float64), bandit.features, ridge=0)
     with pytest.raises(ConfigError, match="scale of the bonus is -1"):
         gshf.offline_policy_level(theta, matrix, bandit, scale=-1)
+    for scale in (-1.0, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="scale of the bonus is"):
+            gshf.offline_pointwise(theta, matrix, bandit, scale=scale)
+        with pytest.raises(ConfigError, match="scale of the bonus is"):
+            gshf.pessimistic_value(bandit.geometric, theta, matrix, bandit, scale=scale)
+    for broken in (-matrix, matrix * math.nan, matrix[..., :1, :]):
+        for learner in (gshf.offline_pointwise, gshf.offline_policy_level):
+            with pytest.raises(ConfigError, match="S of shape .* is not positive definite"):
+                learner(theta, broken, bandit, scale=1.0)
+    for changed, what in (
+        ({"delta": 0.0}, "delta 0"),
+        ({"delta": 1e3}, "delta 1000"),
+        ({"radius": -1.0}, "radius -1"),
+        ({"radius": 1e4}, "radius 10000.* is beyond float64"),
+        ({"ridge": math.nan}, "ridge nan"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            gshf.bonus_scale(**({"dimension": 3, "radius": 1.0, "ridge": 1.0, "delta": 0.1} | changed))
     tabular = FiniteBandit.tabular(bandit.rewards, bandit.logps, beta=1.0)
     with pytest.raises(ConfigError, match="no features"):
         gshf.offline_greedy(theta, matrix, tabular)

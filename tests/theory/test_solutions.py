@@ -192,6 +192,27 @@ def test_the_forward_root_over_twelve_orders_of_magnitude_and_any_mass(seed, act
     assert abs(solution.log_policy.exp().sum().item() - 1) < 1e-12 + 4e-16 * abs(float(log_s))
 
 
+@pytest.mark.parametrize("shift", [1e10, -1e300])
+@pytest.mark.parametrize("beta", [1e-300, 1e-10, 0.5])
+def test_only_the_range_of_the_rewards_over_beta_has_to_fit_into_a_float(shift, beta):
+    """A reward added to all changes no policy, and a value by itself, whatever it is over beta."""
+    generator = torch.Generator().manual_seed(0)
+    logps = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64).log_softmax(-2)
+    equal = FiniteBandit.tabular(torch.full((2, 4), shift, dtype=torch.float64), logps, beta=beta)
+    torch.testing.assert_close(reverse_optimum(equal), equal.geometric)
+    torch.testing.assert_close(forward_optimum(equal), equal.mixture)
+    assert float(reverse_value(equal)) == pytest.approx(shift + beta * float(equal.log_f.mean()))
+    assert abs(float(reverse_gap(reverse_optimum(equal), equal))) <= 1e-15 * beta
+    steep = FiniteBandit.tabular(torch.tensor([[0.0, 1.0, 2.0, 3.0]]) * 1e10, logps[:1], beta=beta)
+    if beta > 1e-300:
+        assert reverse_optimum(steep).isfinite().all() and forward_optimum(steep).isfinite().all()
+        assert float(reverse_value(steep)) == pytest.approx(3e10)
+        return
+    for function in (reverse_optimum, forward_optimum, reverse_value):
+        with pytest.raises(ConfigError, match=r"action \(0, 0\), over beta 1e-300, is beyond float64"):
+            function(steep)
+
+
 def test_the_forward_root_is_unique_because_the_equation_falls():
     """One sign change on a fine grid of the bracket, for every scale at once."""
     generator = torch.Generator().manual_seed(0)

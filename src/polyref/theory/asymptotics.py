@@ -58,8 +58,9 @@ def error_covariance(
         spread = _laplacian(pairs * (noise + misfit**2))
     else:
         guess = g - s
+        mass = pairs.sum((-2, -1), keepdim=True)
         mean = 2 * (pairs * guess).sum(-1)
-        outer = mean[..., :, None] * mean[..., None, :] / pairs.sum((-2, -1))[..., None, None]
+        outer = mean[..., :, None] * mean[..., None, :] / mass.masked_fill(mass == 0, 1.0)
         own = _laplacian(pairs * (noise + (misfit - control * guess) ** 2)) - control**2 * outer
         spread = own + control**2 / auxiliary_pairs * (_laplacian(pairs * guess**2) - outer)
     inverse = torch.linalg.pinv(_laplacian(pairs * s * (1 - s)), hermitian=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from polyref.errors import ConfigError
 from polyref.objectives.doubly_robust import doubly_robust_value
+from polyref.theory.checks import check_preference, first, shown
 from polyref.theory.estimators import fit_tabular
 from polyref.theory.preferences import bradley_terry, pair_law
 from polyref.theory.sampling import Pairs, draw_cells, draw_wins
@@ -113,16 +114,24 @@ def variance_reduced_terms(
     auxiliary pairs of each data pair share its context and follow `law` (X, Y, Y) or (..., X, Y, Y) given it, the joint law of
     the data pairs: M = `draws` of them from `generator`, or None for their expectation, the limit of large M. `control` c in
     [0, 1] (M/(M+1) is the best where g is right). In expectation the plain likelihood, for any g. The order within a pair does
-    not enter, as g is antisymmetric. ConfigError for shapes, a g that is not antisymmetric, draws < 1 or without a generator.
+    not enter, as g is antisymmetric. ConfigError for shapes, a g that is not antisymmetric, a law without mass in a context
+    that has data, draws < 1 or without a generator.
     """
-    _check_g(g)
+    g = check_preference(g, "g")
     if not 0 <= control <= 1:
         raise ConfigError(f"control is {control}", fix="give a coefficient between 0 and 1")
     if wins.shape[-3:] != law.shape[-3:] or wins.shape[-3:] != g.shape[-3:]:
         raise ConfigError(f"wins {tuple(wins.shape)}, law {tuple(law.shape)} and g {tuple(g.shape)} do not fit")
-    seen = wins.sum((-2, -1))
+    seen, mass = wins.sum((-2, -1)), law.sum((-2, -1), keepdim=True)
+    if not ((law >= 0).all() and mass.isfinite().all()):
+        raise ConfigError("holds a mass that is negative or not finite", where=f"law {tuple(law.shape)}")
+    if (row := first((seen > 0) & (mass[..., 0, 0] == 0))) is not None:
+        raise ConfigError(
+            f"has no pairs in context {shown(row)}, which has data",
+            where=f"law {tuple(law.shape)}",
+            fix="give the joint law of the data pairs",
+        )
     if draws is None:
-        mass = law.sum((-2, -1), keepdim=True)
         auxiliary = seen[..., None, None] * law / mass.masked_fill(mass == 0, 1.0)
     elif draws < 1 or generator is None:
         raise ConfigError(f"{draws} draws, generator {generator}", fix="ask for at least 1 draw, from an explicit generator")
@@ -142,18 +151,18 @@ def doubly_robust_win_rate(
     take mu to be, right or wrong. `clip` bounds the ratios. The mean over pairs of `objectives.doubly_robust_value`, beside
     the direct method (ratios 0) and importance weighting (g = 1/2). ConfigError for shapes or a g that is not antisymmetric.
     """
-    _check_g(g)
+    g = check_preference(g, "g")
     contexts, actions = g.shape[-3:-1]
     if log_policy.shape[-2:] != (contexts, actions) or log_mu.shape[-2:] != (contexts, actions):
         raise ConfigError(
             f"log_policy {tuple(log_policy.shape)} and log_mu {tuple(log_mu.shape)} do not fit g {tuple(g.shape)}"
         )
-    first, second = (pairs.contexts * actions + action for action in (pairs.first, pairs.second))
+    one, other = (pairs.contexts * actions + action for action in (pairs.first, pairs.second))
     against = (log_policy.exp()[..., :, None] * g).sum(-2)  # P(pi beats y') under g
-    direct = 0.5 * (_take(against, first, 2) + _take(against, second, 2))
+    direct = 0.5 * (_take(against, one, 2) + _take(against, other, 2))
     log_ratio = log_policy - log_mu
-    ratios = _take(log_ratio, first, 2), _take(log_ratio, second, 2)
-    beliefs = _take(g, first * actions + pairs.second, 3)
+    ratios = _take(log_ratio, one, 2), _take(log_ratio, other, 2)
+    beliefs = _take(g, one * actions + pairs.second, 3)
     robust = doubly_robust_value(pairs.z, beliefs, direct, *ratios, clip=clip)
     half = torch.full_like(direct, 0.5)
     importance = doubly_robust_value(pairs.z, half, half, *ratios, clip=clip)
@@ -181,8 +190,3 @@ def _draw_auxiliary(seen: Tensor, law: Tensor, draws: int, generator: torch.Gene
 
 def _odds(preference: Tensor) -> Tensor:
     return preference.to(torch.float64).logit(eps=_EDGE)
-
-
-def _check_g(g: Tensor) -> None:
-    if g.dim() < 3 or g.shape[-1] != g.shape[-2] or not ((g >= 0).all() and ((g + g.mT - 1).abs() <= 1e-9).all()):
-        raise ConfigError("is not (..., X, Y, Y) with g + g^T = 1 and g >= 0", where=f"g {tuple(g.shape)}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from polyref.errors import ConfigError, ReferenceSetError
@@ -28,6 +29,9 @@ from polyref.theory.checks import (
     first,
     shown,
 )
+
+TensorLike = Tensor | ArrayLike
+"""A tensor, or what `torch.as_tensor` makes one of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,33 +79,36 @@ class FiniteBandit:
     @classmethod
     def tabular(
         cls,
-        rewards: Tensor,
-        logps: Tensor,
-        weights: Tensor | Sequence[float] | None = None,
+        rewards: TensorLike,
+        logps: TensorLike,
+        weights: TensorLike | None = None,
         *,
         beta: float,
-        contexts: Tensor | None = None,
-        features: Tensor | None = None,
-        theta: Tensor | None = None,
+        contexts: TensorLike | None = None,
+        features: TensorLike | None = None,
+        theta: TensorLike | None = None,
     ) -> FiniteBandit:
         """From rewards (..., X, Y) and references (..., X, Y, K); weights and contexts are uniform where left out."""
-        members = logps.shape[-1] if logps.dim() else 0
-        a = [1 / members] * members if weights is None else weights
-        rho = torch.empty(0) if contexts is None else contexts
-        return cls(rewards, logps, torch.as_tensor(a, dtype=torch.float64), beta, rho, features, theta)
+        r, members = _doubles(rewards), _doubles(logps)
+        number = max(1, members.shape[-1] if members.dim() else 0)
+        a = torch.full((number,), 1 / number, dtype=torch.float64) if weights is None else _doubles(weights)
+        rho = torch.empty(0) if contexts is None else _doubles(contexts)
+        phi, parameter = (None if value is None else _doubles(value) for value in (features, theta))
+        return cls(r, members, a, beta, rho, phi, parameter)
 
     @classmethod
     def linear(
         cls,
-        features: Tensor,
-        theta: Tensor,
-        logps: Tensor,
-        weights: Tensor | Sequence[float] | None = None,
+        features: TensorLike,
+        theta: TensorLike,
+        logps: TensorLike,
+        weights: TensorLike | None = None,
         *,
         beta: float,
-        contexts: Tensor | None = None,
+        contexts: TensorLike | None = None,
     ) -> FiniteBandit:
         """Rewards <theta, phi(x, y)> of features (..., X, Y, d) and theta (..., d)."""
+        features, theta = _doubles(features), _doubles(theta)
         if features.dim() < 3 or theta.dim() < 1 or features.shape[-1] != theta.shape[-1]:
             raise ConfigError(
                 f"features of shape {tuple(features.shape)} do not fit theta of shape {tuple(theta.shape)}",
@@ -201,15 +208,26 @@ def with_coverage(bandit: FiniteBandit, mass: float) -> FiniteBandit:
     """The same problem with every reference given probability exactly `mass` in (0, 1) on the best action of each context.
 
     The other actions keep their proportions. As mass falls, data drawn from the references covers the optimum worse: its
-    density ratio to M_a on that action, and to G_a up to F_a, grows as 1/mass.
+    density ratio to M_a on that action, and to G_a up to F_a, grows as 1/mass. ConfigError where a reference of positive weight
+    has no other action to give the rest to.
     """
     if not 0 < mass < 1:
         raise ConfigError(f"coverage is {mass}", fix="give a probability strictly between 0 and 1")
     best = bandit.rewards.masked_fill(bandit.mixture.isneginf(), -math.inf).argmax(-1, keepdim=True)
     chosen = torch.zeros(best.shape[:-1] + bandit.size[1:2], dtype=torch.bool).scatter(-1, best, True)[..., None]
     others = bandit.logps.masked_fill(chosen, -math.inf).logsumexp(-2, keepdim=True)
+    if (row := first((others.isneginf() & (_aligned(bandit.weights) > 0))[..., 0, :])) is not None:
+        raise ConfigError(
+            f"context and reference {shown(row)} have no mass beside the best action, of {bandit.size[1]}",
+            where=f"coverage {mass}",
+            fix="give every reference mass on at least two actions",
+        )
     rest = bandit.logps - others + math.log1p(-mass)
     return replace(bandit, logps=torch.where(chosen, math.log(mass), rest))
+
+
+def _doubles(values: TensorLike) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float64)
 
 
 def composed(compose: Composition, logps: Tensor, weights: Tensor) -> Tensor:

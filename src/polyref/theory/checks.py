@@ -91,6 +91,32 @@ def check_members(logps: Tensor, weights: Tensor) -> None:
         )
 
 
+def check_preference(preference: Tensor, name: str) -> Tensor:
+    """P(i beats j) (..., X, Y, Y) in float64, P + P^T = 1 within rounding: within 1e-6 as given, for float32, then symmetrised.
+
+    ConfigError naming it for another shape, and for what is not complementary in [0, 1].
+    """
+    if preference.dim() < 3 or preference.shape[-1] != preference.shape[-2]:
+        raise ConfigError("is not (..., X, Y, Y)", where=f"{name} {tuple(preference.shape)}")
+    p = preference.to(torch.float64)
+    if not ((p >= 0) & ((p + p.mT - 1).abs() <= SIMPLEX_TOLERANCE)).all():
+        raise ConfigError(
+            "does not satisfy P + P^T = 1 with P >= 0",
+            where=f"{name} {tuple(preference.shape)}",
+            fix="symmetrise it: (P + 1 - P^T)/2",
+        )
+    return ((p + (1 - p.mT)) / 2).clamp(0.0, 1.0)
+
+
+def cholesky(matrix: Tensor, name: str) -> Tensor:
+    """L of `matrix` = L L^T (..., d, d); ConfigError where it is not square, or not positive definite."""
+    if matrix.dim() > 1 and matrix.shape[-1] == matrix.shape[-2]:
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed.any() and factor.isfinite().all():
+            return factor
+    raise ConfigError(f"{name} of shape {tuple(matrix.shape)} is not positive definite (..., d, d)", fix="add a ridge to it")
+
+
 def first(flags: Tensor) -> tuple[int, ...] | None:
     """The first index at which `flags` holds, or None."""
     return tuple(flags.nonzero()[0].tolist()) if flags.any() else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyref.errors import ConfigError
+from polyref.theory.checks import cholesky
 
 
 def density_coverage(target_log: Tensor, sampling_log: Tensor) -> Tensor:
@@ -29,10 +29,7 @@ def feature_coverage(
     """
     expected = (target_log.exp()[..., None] * features).sum(-2)
     residual = _mean(expected.mT, None if contexts is None else contexts[..., None, :]) - reference_feature
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    if failed.any():
-        raise ConfigError(f"covariance of shape {tuple(covariance.shape)} is not positive definite", fix="add a ridge to it")
-    solved = torch.linalg.solve_triangular(factor, residual[..., None], upper=False)
+    solved = torch.linalg.solve_triangular(cholesky(covariance, "covariance"), residual[..., None], upper=False)
     return solved.squeeze(-1).norm(dim=-1)
 
 

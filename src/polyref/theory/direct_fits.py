@@ -23,6 +23,7 @@ from polyref.errors import ConfigError
 from polyref.objectives import PairLoss, doubly_robust_value, variance_reduced
 from polyref.references.compose import implied_difference
 from polyref.theory.bandit import FiniteBandit
+from polyref.theory.checks import check_preference, first, shown
 from polyref.theory.descent import TOLERANCE, PolicyObjective, minimise_policies
 from polyref.theory.sampling import Pairs
 
@@ -47,11 +48,11 @@ def fit_policy(
     contexts, actions, _ = bandit.size
     if wins.shape[-3:] != (contexts, actions, actions) or not (wins.isfinite() & (wins >= 0)).all():
         raise ConfigError(f"wins {tuple(wins.shape)} are not counts (..., {contexts}, {actions}, {actions})")
-    first, second = torch.triu_indices(actions, actions, offset=1)
-    won, lost = wins.to(torch.float64)[..., first, second], wins.to(torch.float64)[..., second, first]
+    one, other = torch.triu_indices(actions, actions, offset=1)
+    won, lost = wins.to(torch.float64)[..., one, other], wins.to(torch.float64)[..., other, one]
     count = won + lost
     supported = ~anchor.isneginf()
-    if (count.gt(0) & ~(supported[..., first] & supported[..., second])).any():
+    if (count.gt(0) & ~(supported[..., one] & supported[..., other])).any():
         raise ConfigError(
             "wins of actions that no reference supports", where=f"wins {tuple(wins.shape)}", fix="drop those pairs"
         )
@@ -60,7 +61,7 @@ def fit_policy(
     implied, penalty = _implied(bandit, composition, divergence), _penalty(bandit, composition, divergence, ridge)
 
     def objective(log_policy: Tensor) -> Tensor:
-        h = implied(log_policy[..., first], log_policy[..., second], _held(anchor)[..., first], _held(anchor)[..., second])
+        h = implied(log_policy[..., one], log_policy[..., other], _held(anchor)[..., one], _held(anchor)[..., other])
         losses = loss(h, chosen_probability=label.expand(h.shape))
         return ((count * losses).sum(-1) + penalty(log_policy)) / total
 
@@ -87,16 +88,17 @@ def fit_variance_reduced(
 
     `g` (X, Y, Y) or (R, X, Y, Y) is the model's P(i beats j); auxiliary_first and auxiliary_second (R, n, M) are the actions of
     the auxiliary pairs, in the context of their pair. `shares` (R, n) >= 0 weigh the rows (1 each where left out), so that a
-    population can be enumerated. Unbounded below where g disagrees with the data: give a ridge.
+    population can be enumerated. Unbounded below where g disagrees with the data: give a ridge. ConfigError for shapes,
+    indices, labels or shares that do not fit, and for pairs of actions outside the action set.
     """
-    anchor, rows = _anchor(bandit, composition).expand(*pairs.z.shape[:1], *bandit.size[:2]), pairs.contexts
     if auxiliary_first.shape != auxiliary_second.shape or auxiliary_first.shape[:-1] != pairs.z.shape:
         raise ConfigError(
             f"auxiliary actions {tuple(auxiliary_first.shape)} and {tuple(auxiliary_second.shape)} "
             f"do not fit pairs {tuple(pairs.z.shape)}",
             fix="give (R, n, M) of each",
         )
-    g, weight = _checked_model(g, bandit), torch.ones_like(pairs.z) if shares is None else shares
+    anchor, weight = _checked(bandit, composition, pairs, shares, auxiliary_first, auxiliary_second)
+    g, rows = _checked_model(g, bandit, len(pairs.z)), pairs.contexts
     total = _total(_by_context(weight, rows, bandit))
     drawn = (rows[..., None].expand_as(auxiliary_first), auxiliary_first, auxiliary_second)
     g_pair, g_drawn = _pair_values(g, rows, pairs.first, pairs.second), _pair_values(g, *drawn)
@@ -130,16 +132,16 @@ def fit_doubly_robust(
 
     Completions of `pairs` (R, n) are independent draws from mu, `log_mu` (X, Y) or (R, X, Y) is what mu is taken to be, `g` and
     `shares` are as for `fit_variance_reduced`. The direct term is exact, the ratios are not clipped. A context without pairs
-    keeps its anchor. Where g or mu is right it tends to anchor exp(P(y beats mu)/beta)/Z.
+    keeps its anchor. Where g or mu is right it tends to anchor exp(P(y beats mu)/beta)/Z. ConfigError as for
+    `fit_variance_reduced`, and for a log_mu that gives no mass to an action of a pair.
     """
-    anchor, rows = _anchor(bandit, composition).expand(*pairs.z.shape[:1], *bandit.size[:2]), pairs.contexts
-    g, weight = _checked_model(g, bandit), torch.ones_like(pairs.z) if shares is None else shares
+    anchor, weight = _checked(bandit, composition, pairs, shares)
+    g, rows = _checked_model(g, bandit, len(pairs.z)), pairs.contexts
     total = _total(_by_context(weight, rows, bandit))
-    log_mu = log_mu.to(torch.float64).expand(anchor.shape)
     g_pair = _pair_values(g, rows, pairs.first, pairs.second)
     columns = [_columns(g, rows, actions) for actions in (pairs.first, pairs.second)]
     against = 0.5 * (columns[0] + columns[1])
-    mu_first, mu_second = _values(log_mu, rows, pairs.first), _values(log_mu, rows, pairs.second)
+    mu_first, mu_second = (_checked_mu(log_mu, pairs, anchor, weight, actions) for actions in (pairs.first, pairs.second))
 
     def objective(log_policy: Tensor) -> Tensor:
         policy = log_policy.exp()
@@ -181,15 +183,61 @@ def _penalty(bandit: FiniteBandit, composition: str, divergence: str, ridge: flo
     return penalty
 
 
-def _checked_model(g: Tensor, bandit: FiniteBandit) -> Tensor:
-    """g in float64; ConfigError unless it is antisymmetric, (..., X, Y, Y), in [0, 1]."""
+def _checked(
+    bandit: FiniteBandit, composition: str, pairs: Pairs, shares: Tensor | None, *auxiliary: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log anchor (R, X, Y) and the shares (R, n) in float64; ConfigError unless the pairs, (R, n) each, fit the bandit.
+
+    The actions of pairs and of `auxiliary` pairs (R, n, M) are indices, and supported wherever the share of their pair is > 0.
+    """
+    anchor, shape = _anchor(bandit, composition), pairs.z.shape
+    weight = (torch.ones_like(pairs.z) if shares is None else shares).to(torch.float64)
+    fits = len(shape) == 2 and all(part.shape == shape for part in (*pairs, weight))
+    if not fits or anchor.shape[:-2] not in ((), (1,), shape[:1]):
+        raise ConfigError(
+            f"pairs {', '.join(str(tuple(part.shape)) for part in pairs)} and shares {tuple(weight.shape)} do not fit each "
+            f"other, or an anchor {tuple(anchor.shape)}",
+            fix="give (R, n) of each, R the replicates of the bandit where it has any",
+        )
+    if not ((pairs.z >= 0) & (pairs.z <= 1)).all() or not ((weight >= 0) & weight.isfinite()).all():
+        raise ConfigError("labels z are not in [0, 1], or shares are negative or not finite", where=f"pairs {tuple(shape)}")
     contexts, actions, _ = bandit.size
-    if g.shape[-3:] != (contexts, actions, actions) or g.dim() > 4:
+    named = (("first", pairs.first), ("second", pairs.second), *(("auxiliary", one) for one in auxiliary))
+    for name, index, size in (("contexts", pairs.contexts, contexts), *((*one, actions) for one in named)):
+        if index.is_floating_point() or not ((index >= 0) & (index < size)).all():
+            raise ConfigError(f"holds what is no index below {size}", where=f"{name} {tuple(index.shape)} of the pairs")
+    anchor = anchor.expand(*shape[:1], *bandit.size[:2])
+    for name, index in named:
+        rows, used = (part.view(*shape, *[1] * (index.dim() - 2)).expand(index.shape) for part in (pairs.contexts, weight > 0))
+        if (row := first(_values(anchor, rows, index).isneginf() & used)) is not None:
+            raise ConfigError(
+                f"pair {shown(row)} has an action that no reference supports",
+                where=f"{name} {tuple(index.shape)} of the pairs",
+                fix="drop those pairs",
+            )
+    return anchor, weight
+
+
+def _checked_model(g: Tensor, bandit: FiniteBandit, replicates: int) -> Tensor:
+    """g in float64; ConfigError unless it is antisymmetric, (X, Y, Y) or one of those a replicate, in [0, 1]."""
+    contexts, actions, _ = bandit.size
+    if g.shape[-3:] != (contexts, actions, actions) or g.shape[:-3] not in ((), (1,), (replicates,)):
         raise ConfigError(f"g {tuple(g.shape)} is not ({contexts}, {actions}, {actions}), or one of those a replicate")
-    g = g.to(torch.float64)
-    if not ((g >= 0) & ((g + g.mT - 1).abs() <= 1e-6)).all():
-        raise ConfigError(f"g {tuple(g.shape)} does not satisfy g + g^T = 1 with g >= 0", fix="symmetrise it: (g + 1 - g^T)/2")
-    return g
+    return check_preference(g, "g")
+
+
+def _checked_mu(log_mu: Tensor, pairs: Pairs, anchor: Tensor, weight: Tensor, actions: Tensor) -> Tensor:
+    """log mu (R, n) of `actions`, 0 where the share is; ConfigError for shapes, and where mu gives an action no mass."""
+    if log_mu.shape[-2:] != anchor.shape[-2:] or log_mu.shape[:-2] not in ((), (1,), anchor.shape[:1]):
+        raise ConfigError(f"log_mu {tuple(log_mu.shape)} is not {tuple(anchor.shape[1:])}, or one of those a replicate")
+    found = _values(log_mu.to(torch.float64).expand(anchor.shape), pairs.contexts, actions).masked_fill(weight == 0, 0.0)
+    if (row := first(~found.isfinite())) is not None:
+        raise ConfigError(
+            f"pair {shown(row)} has an action of log-probability {float(found[row])}",
+            where=f"log_mu {tuple(log_mu.shape)}",
+            fix="give the law that the pairs were drawn from, or an estimate with mass on all of them",
+        )
+    return found
 
 
 def _held(anchor: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from polyref.errors import ConfigError, PolyrefError
 from polyref.theory.bandit import FiniteBandit
+from polyref.theory.bounds import least_slope
+from polyref.theory.checks import cholesky
 from polyref.theory.solutions import solve_reverse_kl
 
 GAP_TOLERANCE = 1e-8
@@ -55,9 +57,19 @@ def bonus_scale(dimension: int, radius: float, ridge: float, delta: float) -> fl
     """The theory's c = sqrt(d + log 1/delta)/g0 + sqrt(ridge) B, g0 = s'(2B), constants of order one left out [IT].
 
     For |phi| <= 1 and |theta| <= radius = B. Far larger than what works: g0 is the least slope of s over the range 2B.
+    ConfigError for numbers out of range, and for a radius whose g0 underflows.
     """
-    slope = 1 / (2 + 2 * math.cosh(2 * radius))
-    return math.sqrt(dimension - math.log(delta)) / slope + math.sqrt(ridge) * radius
+    if not (dimension >= 1 and 0 <= radius < math.inf and 0 <= ridge < math.inf and 0 < delta < 1):
+        raise ConfigError(
+            f"dimension is {dimension}, radius {radius}, ridge {ridge}, delta {delta}",
+            where="bonus_scale",
+            fix="give a dimension of at least 1, finite radius and ridge of at least 0, and delta between 0 and 1",
+        )
+    slope = least_slope(2 * radius)
+    scale = math.sqrt(dimension - math.log(delta)) / slope + math.sqrt(ridge) * radius if slope > 0 else math.inf
+    if not scale < math.inf:
+        raise ConfigError(f"the scale for radius {radius} is beyond float64", where="bonus_scale", fix="give a smaller radius")
+    return scale
 
 
 def linear_features(bandit: FiniteBandit) -> Tensor:
@@ -74,15 +86,18 @@ def mean_feature(features: Tensor, log_policy: Tensor, contexts: Tensor) -> Tens
 
 
 def whiten(features: Tensor, nu: Tensor, matrix: Tensor) -> Tensor:
-    """psi = L^-1 (phi - nu), S = L L^T, of Euclidean norm |phi - nu|_{S^-1}: (..., X, Y, d); nu (..., d), S (..., d, d)."""
+    """psi = L^-1 (phi - nu), S = L L^T, of Euclidean norm |phi - nu|_{S^-1}: (..., X, Y, d); nu (..., d), S (..., d, d).
+
+    ConfigError where S is not positive definite.
+    """
     centred = features - nu[..., None, None, :]
-    factor = torch.linalg.cholesky(matrix)[..., None, :, :]
+    factor = cholesky(matrix, "S")[..., None, :, :]
     return torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
 
 
 def bonus(features: Tensor, nu: Tensor, matrix: Tensor, scale: float) -> Tensor:
-    """scale |phi(x, y) - nu|_{S^-1}: (..., X, Y), in reward units."""
-    return scale * torch.linalg.vector_norm(whiten(features, nu, matrix), dim=-1)
+    """scale |phi(x, y) - nu|_{S^-1}: (..., X, Y), in reward units. ConfigError for a scale below 0 or not finite."""
+    return _scale(scale) * torch.linalg.vector_norm(whiten(features, nu, matrix), dim=-1)
 
 
 def offline_greedy(theta: Tensor, matrix: Tensor, bandit: FiniteBandit) -> Tensor:
@@ -115,7 +130,7 @@ def pessimistic_value(
     log_ratio = (log_policy - bandit.geometric).masked_fill(outside | (policy == 0), 0.0)
     regularised = (policy * (estimated(theta, bandit) - bandit.beta * log_ratio)).sum(-1)
     charge = torch.linalg.vector_norm(mean_feature(psi, log_policy, bandit.contexts), dim=-1)
-    return (bandit.contexts * regularised).sum(-1) - scale * charge
+    return (bandit.contexts * regularised).sum(-1) - _scale(scale) * charge
 
 
 def solve_policy_level(
@@ -129,10 +144,8 @@ def solve_policy_level(
     minimised over the ball exactly, then backtracking. D(u) minus the objective of its tilt is c (|m| - u.m) >= 0, an exact
     certificate: PolyrefError if it does not fall below GAP_TOLERANCE (1 + scale).
     """
-    if not 0 <= scale < math.inf:
-        raise ConfigError(f"the scale of the bonus is {scale}", where="policy-level pessimism", fix="give a finite value >= 0")
     features = linear_features(bandit)
-    psi = scale * whiten(features, _reference(bandit, features) if nu is None else nu, matrix)
+    psi = _scale(scale) * whiten(features, _reference(bandit, features) if nu is None else nu, matrix)
     rewards, anchor, beta = estimated(theta, bandit), bandit.geometric, bandit.beta
 
     def tilt(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +170,12 @@ def solve_policy_level(
 def estimated(theta: Tensor, bandit: FiniteBandit) -> Tensor:
     """<theta, phi>: (..., X, Y)."""
     return (linear_features(bandit) @ theta[..., None, :, None]).squeeze(-1)
+
+
+def _scale(scale: float) -> float:
+    if not 0 <= scale < math.inf:
+        raise ConfigError(f"the scale of the bonus is {scale}", fix="give a finite value >= 0")
+    return scale
 
 
 def _reference(bandit: FiniteBandit, features: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from polyref.errors import ConfigError
+from polyref.theory.checks import check_preference
 
 _DRAWS_AT_ONCE = 1 << 18
 
@@ -100,9 +101,7 @@ def _checked(law: Tensor, preference: Tensor, pairs: int, replicates: int) -> tu
             raise ConfigError("is not (X, Y, Y) or (R, X, Y, Y)", where=f"{name} {tuple(table.shape)}")
         if table.dim() == 4 and table.shape[0] != replicates:
             raise ConfigError(f"has {table.shape[0]} rows for {replicates} replicates", where=f"{name} {tuple(table.shape)}")
-    law, preference = law.to(torch.float64), preference.to(torch.float64)
+    law, preference = law.to(torch.float64), check_preference(preference, "preference")
     if not ((law >= 0).all() and ((law.sum((-3, -2, -1)) - 1).abs() <= 1e-6).all()):
         raise ConfigError("is not a probability law of (x, y1, y2)", where=f"law {tuple(law.shape)}")
-    if not ((preference >= 0).all() and ((preference + preference.mT - 1).abs() <= 1e-9).all()):
-        raise ConfigError("does not satisfy P + P^T = 1 with P >= 0", where=f"preference {tuple(preference.shape)}")
     return law, preference

@@ -12,9 +12,9 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from polyref.errors import PolyrefError
+from polyref.errors import ConfigError, PolyrefError
 from polyref.theory.bandit import FiniteBandit
-from polyref.theory.checks import check_actions, check_beta, check_rewards
+from polyref.theory.checks import check_actions, check_beta, check_rewards, first, shown
 
 EPSILON: Final = torch.finfo(torch.float64).eps
 MAX_STEPS: Final = 200
@@ -36,10 +36,9 @@ def solve_reverse_kl(rewards: Tensor, anchor_log: Tensor, beta: float) -> Tensor
 
     `rewards` and `anchor_log` (..., X, Y), broadcast; the anchor need not be normalised, and may be geometric (for the weighted
     sum of KL terms) or the mixture (for the KL to it). Differentiable; rewards where the anchor is -inf are ignored.
-    ConfigError for beta <= 0, an empty action set and rewards that are not finite.
+    ConfigError for beta <= 0, an empty action set, rewards that are not finite, and a range of them beyond float64 times beta.
     """
-    supported = _checked(rewards, anchor_log, beta)
-    return (anchor_log + (rewards / beta).masked_fill(~supported, 0.0)).log_softmax(-1)
+    return (anchor_log - below_best(rewards, _checked(rewards, anchor_log, beta), beta)).log_softmax(-1)
 
 
 def solve_forward_kl(rewards: Tensor, mixture_log: Tensor, beta: float) -> ForwardSolution:
@@ -52,11 +51,27 @@ def solve_forward_kl(rewards: Tensor, mixture_log: Tensor, beta: float) -> Forwa
     """
     supported = _checked(rewards, mixture_log, beta)
     rewards, mixture_log = torch.broadcast_tensors(rewards.detach().to(torch.float64), mixture_log.detach().to(torch.float64))
-    best = rewards.masked_fill(~supported, -math.inf).amax(-1, keepdim=True)
-    gaps = ((best - rewards) / beta).masked_fill(~supported, 1.0)
+    gaps = below_best(rewards, supported, beta).masked_fill(~supported, 1.0)
     root = _log_root(mixture_log, gaps)
     log_policy = mixture_log - torch.logaddexp(root[..., None], gaps.log())
     return ForwardSolution(log_policy, beta * root.exp(), root + math.log(beta))
+
+
+def below_best(rewards: Tensor, supported: Tensor, beta: float) -> Tensor:
+    """(r_max - r)/beta >= 0, (..., X, Y), r_max over the actions that are `supported`; 0 at the others.
+
+    What a tilt needs of r/beta, which alone may overflow. ConfigError where the range over beta does too. r_max has no
+    gradient.
+    """
+    rewards = rewards.to(torch.float64)
+    best = rewards.detach().masked_fill(~supported, -math.inf).amax(-1, keepdim=True)
+    gaps = ((best - rewards) / beta).masked_fill(~supported, 0.0)
+    if (row := first(~gaps.isfinite())) is not None:
+        raise ConfigError(
+            f"the best reward less that of context and action {shown(row)}, over beta {beta:g}, is beyond float64",
+            fix="give rewards of a smaller range, or a larger beta",
+        )
+    return gaps
 
 
 def reverse_optimum(bandit: FiniteBandit) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polyref.theory.bandit import FiniteBandit
-from polyref.theory.solutions import forward_optimum, reverse_optimum
+from polyref.theory.solutions import below_best, forward_optimum, reverse_optimum
 
 
 class KLDecomposition(NamedTuple):
@@ -68,7 +68,10 @@ def disagreement(bandit: FiniteBandit) -> Tensor:
 
 def reverse_value(bandit: FiniteBandit) -> Tensor:
     """max J = E_x beta log sum_y prod_i pi_i^{a_i} exp(r/beta), (...)."""
-    return bandit.beta * bandit.mean((bandit.log_product + bandit.rewards / bandit.beta).logsumexp(-1))
+    supported = ~bandit.log_product.isneginf()
+    best = bandit.rewards.masked_fill(~supported, -math.inf).amax(-1)
+    tilted = bandit.log_product - below_best(bandit.rewards, supported, bandit.beta)
+    return bandit.mean(best + bandit.beta * tilted.logsumexp(-1))
 
 
 def reverse_gap(log_policy: Tensor, bandit: FiniteBandit) -> Tensor:
