@@ -31,13 +31,19 @@ def test_classes_several_references_and_forward_kl(world: World) -> None:
     assert alone.out.splitlines()[2] == shown.out.splitlines()[2]
 
 
+def test_a_table_is_a_size_of_its_own(world: World) -> None:
+    shown = world.run(words(d=None, contexts=6, actions=5))
+    assert (shown.code, shown.err) == (0, "") and "a table of 6 contexts x 5 actions, 1 reference" in shown.out
+    assert "extrapolation" not in shown.out and "extrapolation" in world.run(words()).out
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"gap": None}, "gap"),
         ({"beta": 0}, "beta is 0"),
-        ({"class_size": 10}, "no size, or two"),
-        ({"d": None}, "no size, or two"),
+        ({"class_size": 10}, "no size, or more"),
+        ({"d": None}, "no size, or more"),
         ({"d": "many"}, "d: "),
         ({"coverage": 0.5}, "coverage is 0.5"),
         ({"coverage": "[1, 2]"}, "2 coverage constants for 1 references"),
@@ -45,6 +51,9 @@ def test_classes_several_references_and_forward_kl(world: World) -> None:
         ({"kl": "sideways"}, "kl: "),
         ({"kl": "forward", "coverage": None}, "give --coverage"),
         ({"coverage": None, "beta": 0.001}, "10^18 pairs"),
+        ({"coverage": None, "references": 2}, "give --coverage"),
+        ({"reward_range": 1000}, "10^18 pairs"),
+        ({"d": None, "contexts": 3}, "contexts with actions"),
         ({"constants": "missing.json"}, "cannot be read as measured constants"),
     ],
 )
@@ -53,6 +62,7 @@ def test_bad_input_is_one_line(changes: dict[str, object], says: str, world: Wor
 
 
 def test_a_file_that_holds_no_constants(world: World) -> None:
-    for content in (b"\xff\xfe\x00", b"{}"):
+    unsettled = b'{"experiments": {"reverse-gap": {"constants": []}}}'
+    for content in (b"\xff\xfe\x00", b"{}", unsettled):
         file = world.file("constants.json", content)
         assert_refused(world, words(constants=file), ["measured constants"])

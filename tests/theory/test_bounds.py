@@ -15,7 +15,7 @@ from polyref.errors import ConfigError
 from polyref.theory import bounds
 from polyref.theory.bandit import FiniteBandit, random_bandit
 from polyref.theory.coverage import density_coverage
-from polyref.theory.estimators import fit_linear
+from polyref.theory.estimators import fit_linear, fit_tabular
 from polyref.theory.gshf import offline_policy_level
 from polyref.theory.preferences import bradley_terry, pair_law
 from polyref.theory.sampling import draw_wins
@@ -101,6 +101,61 @@ def test_the_gap_is_bounded_for_any_reward_of_given_error() -> None:
                     both = torch.stack([policy, forward_optimum(bandit)])
                     limit = bounds.transfer_bound(float(error[index]), float(density_coverage(both, anchor).max()))
                     assert float(forward_gap(policy, bandit)) <= limit + 1e-12
+
+
+@pytest.mark.parametrize(("contexts", "actions", "reach", "e"), [(1, 2, 1.0, 0.3), (1, 4, 1.0, 0.2), (2, 3, 2.0, 0.4)])
+def test_the_cover_of_tables_holds_every_table_and_no_more_points_than_counted(
+    contexts: int, actions: int, reach: float, e: float
+) -> None:
+    """Step 3 for tables, by drawing very many of them: what they are rounded to is near, inside the range, and not too many."""
+    generator = torch.Generator().manual_seed(0)
+    tables = reach * torch.rand(200_000, contexts, actions, generator=generator, dtype=torch.float64)
+    tables = tables - tables.amin(-1, keepdim=True)
+    points = 2 * e * (tables / (2 * e)).floor()
+    differences = [one[..., :, None] - one[..., None, :] for one in (tables, points)]
+    assert (differences[0] - differences[1]).abs().max() < 2 * e and differences[1].abs().max() <= reach
+    counted = (actions * (1 + reach / (2 * e)) ** (actions - 1)) ** contexts
+    assert 1 < len(points.round(decimals=9).flatten(1).unique(dim=0)) <= counted
+    dimension = contexts * (actions - 1)
+    pairs = dimension / e
+    finite = bounds.class_error(pairs, math.log(counted) + dimension, 0.1, reach)
+    assert bounds.table_error(pairs, contexts, actions, 0.1, reach) == pytest.approx((math.sqrt(finite) + 2 * e) ** 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tables_of_several_references_stay_below_the_bound_under_the_geometric_anchor(seed: int) -> None:
+    """Pairs from the mixture, the anchor geometric: C is of all tilts by the mixture, at most exp(R/beta)/F, not exp(R/beta).
+
+    Estimates inside the range R are the maximum likelihood over the tables of that range.
+    """
+    contexts, actions, reach, beta, pairs, runs, delta = 3, 4, 2.0, 0.5, 4000, 300, 0.1
+    generator = torch.Generator().manual_seed(seed)
+    bandit = random_bandit(
+        generator, contexts=contexts, actions=actions, references=3, beta=beta, reward_range=reach / 2, spread=3.0
+    )
+    bandit = replace(bandit, logps=(0.7 * bandit.logps.exp() + 0.3 / actions).log())
+    wins = draw_wins(pair_law(bandit.contexts, bandit.mixture), bradley_terry(bandit.rewards), pairs, runs, generator)
+    found = fit_tabular(wins)
+    inside = (found.amax(-1) - found.amin(-1)).amax(-1) <= reach
+    assert inside.double().mean() > 0.95
+    found = found[inside]
+    steps = torch.linspace(0, 1, 11, dtype=torch.float64)[:, None, None, None]
+    tilts = solve_reverse_kl(bandit.rewards + steps * (found - bandit.rewards), bandit.geometric, beta)
+    coverage = float(density_coverage(tilts, bandit.mixture).max())
+    assert coverage <= math.exp(reach / beta) / float(bandit.log_f.exp().min())
+    error = bounds.table_error(pairs, contexts, actions, delta, reach)
+    gaps = reverse_gap(solve_reverse_kl(found, bandit.geometric, beta), bandit)
+    difference = (found - bandit.rewards)[..., :, None] - (found - bandit.rewards)[..., None, :]
+    squares = torch.einsum("xij,rxij->r", pair_law(bandit.contexts, bandit.mixture), difference**2)
+    assert 0 < float(squares.quantile(1 - delta)) <= error
+    assert 0 < float(gaps.quantile(1 - delta)) <= bounds.reverse_gap_bound(error, coverage, beta)
+    assert (gaps <= bounds.reverse_gap_bound(1.0, coverage, beta) * squares * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("reach", [1e-300, 1e-8, 700.0, 1000.0, 1e300])
+def test_constants_stay_numbers_at_any_range(reach: float) -> None:
+    assert bounds.difference_constant(reach) >= 32 and 0 <= bounds.least_slope(reach) <= 0.25
+    assert bounds.transfer_bound(math.inf, 1.0) == 0 and bounds.transfer_bound(math.inf, 2.0) == math.inf
 
 
 def test_bounds_fall_with_pairs_at_their_rates() -> None:

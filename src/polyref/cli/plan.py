@@ -23,10 +23,14 @@ class PlanSettings:
     Args:
         gap: how far below the optimum, in reward units, the value of the trained policy may lie.
         beta: strength of the KL term, in reward units per nat.
-        d: features of a linear reward; for a table of rewards, contexts times one less than the actions. This or class_size.
-        class_size: how many rewards a finite class holds; its logarithm counts. This or d.
+        d: features of a linear reward <theta, phi> with |phi| <= 1 and |theta| <= reward_range/2. This, class_size, or contexts
+            with actions.
+        class_size: how many rewards a finite class holds; its logarithm counts.
+        contexts: rows of a table of rewards, each of its own reward_range. With actions.
+        actions: columns of that table.
         coverage: largest ratio of the policies in question to a reference, one number for all or one a reference, as in
-            [4, .inf] where one does not cover; exp(reward_range/beta), the worst case, when left out under reverse KL.
+            [4, .inf] where one does not cover. Only for one reference under reverse KL it may be left out: the pairs are then
+            drawn from the anchor itself, and exp(reward_range/beta) bounds it.
         references: how many references with equal weights the pairs are drawn from.
         confidence: share of runs in which the gap has to be met.
         reward_range: largest reward less the smallest.
@@ -38,6 +42,8 @@ class PlanSettings:
     beta: float
     d: int | None = None
     class_size: float | None = None
+    contexts: int | None = None
+    actions: int | None = None
     coverage: float | list[float] | None = None
     references: int = 1
     confidence: float = 0.95
@@ -71,7 +77,8 @@ def _read(file: str) -> str:
 
 
 def _told(plan: Plan, found: Sequence[Answer]) -> str:
-    size = f"{plan.d} features" if plan.d is not None else f"a class of {plan.class_size:g} rewards"
+    size = f"{plan.d} features" if plan.d is not None else f"a table of {plan.contexts} contexts x {plan.actions} actions"
+    size = size if plan.class_size is None else f"a class of {plan.class_size:g} rewards"
     many = "1 reference" if plan.references == 1 else f"{plan.references} references of equal weight"
     head = (
         f"Preference pairs for a gap of {plan.gap:g} under {plan.kl} KL, beta {plan.beta:g}, {size}, {many} "
