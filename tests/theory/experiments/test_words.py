@@ -27,6 +27,7 @@ BELOW, ABOVE, AROUND, TIGHT = (Estimate(*one) for one in ((0.5, 0.4, 0.6), (2.0,
 def test_an_interval_is_below_above_or_around_and_a_tight_one_leaves_no_gain() -> None:
     assert [_words.side(one) for one in (BELOW, ABOVE, AROUND, TIGHT)] == [-1, 1, 0, 0]
     assert [_words.lower(one) for one in (BELOW, ABOVE, AROUND, TIGHT)] == [1, -1, 0, -1]
+    assert _words.lower(Estimate(0.98, 0.97, 0.99)) == -1
     assert _words.lower(Estimate(-0.1, -0.2, -0.01), 0.0) == 1 and _words.lower(TIGHT, 2.0) == 1
 
 
@@ -47,7 +48,7 @@ def test_a_claim_in_parts_needs_all_of_them(signs: tuple[int, ...], agreement: s
 def test_numbers_and_slopes_in_sentences() -> None:
     assert _words.told(BELOW) == "0.50 [0.40, 0.60]" and _words.told(ABOVE, "+.1f") == "+2.0 [+1.5, +3.0]"
     assert _words.shown(slope(-0.6, -0.5)) == "-0.55 [-0.60, -0.50]"
-    assert _words.shown(SlopeFit("", "mean", *[math.nan] * 4, (1.0,), None, "no slope")) == "no slope"
+    assert _words.shown(SlopeFit("", "mean", math.nan, math.nan, math.nan, math.nan, (1.0,), note="no slope")) == "no slope"
     assert "(to 0.05)" in _words.verdict("agrees")
     assert _words.verdict("beats the claim", beats="slower") == "slower"
     found = Estimates(*(torch.tensor([value, 2 * value]).numpy() for value in (1.0, 0.5, 3.0)))
@@ -120,7 +121,7 @@ def test_settings(greedy: Estimate, mended: Estimate, agreement: str) -> None:
 
 @pytest.mark.parametrize(
     ("geometric", "forward", "spread", "agreement"),
-    [(-0.2, -0.2, 0.01, "agrees"), (0.0, -0.2, 0.01, "misses the claim"), (-0.2, -0.02, 1.0, "undecided")],
+    [(-0.2, -0.2, 0.01, "agrees"), (-0.02, -0.2, 0.01, "misses the claim"), (-0.2, -0.02, 1.0, "undecided")],
 )
 def test_references_are_judged_by_both_objectives_and_not_by_the_mixture(
     geometric: float, forward: float, spread: float, agreement: str

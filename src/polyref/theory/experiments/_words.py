@@ -56,8 +56,11 @@ def side(one: Estimate, level: float = 1.0) -> int:
 
 
 def lower(one: Estimate, level: float = 1.0) -> int:
-    """Of the claim that a number is below `level`: +1 where its interval is, -1 where it leaves no MARGIN, 0 undecided."""
-    return 1 if one.high < level else -int(one.low > level - MARGIN)
+    """Of the claim that a number is below `level`: -1 where its interval leaves no MARGIN, +1 where it is below, 0 undecided.
+
+    A gain that is sure and surely below MARGIN is none, so that more replicates do not turn one verdict into the other.
+    """
+    return -1 if one.low > level - MARGIN else int(one.high < level)
 
 
 def joint(signs: Iterable[int]) -> Agreement:

@@ -207,7 +207,8 @@ def _finding(drawn: dict[str, Tensor]) -> tuple[Agreement, str]:
         for scenario in SCENARIOS
         for arm in ("geometric", "forward", "mixture")
     }
-    agreement = _words.joint(_words.lower(beyond["split", arm], 0.0) for arm in JUDGED)
+    signs = [_words.lower(beyond["split", arm], 0.0) for arm in JUDGED]
+    agreement = _words.joint(signs)
 
     def listed(scenario: str) -> str:
         return ", ".join(f"{_words.told(beyond[scenario, arm], '+.3f')} for {ARMS[arm]}" for arm in JUDGED)
@@ -215,8 +216,9 @@ def _finding(drawn: dict[str, Tensor]) -> tuple[Agreement, str]:
     split, one = (_words.told(beyond[scenario, "mixture"], "+.3f") for scenario in SCENARIOS)
     return agreement, (
         f"Claimed: several references cover good answers better. Measured at {SIZES[-1]:,} pairs, reward lost beyond that of "
-        f"the best single reference, where good answers are split: {listed('split')}; {_words.outcome(agreement)}. Where one "
-        f"reference knows them all: {listed('one')}. Reverse KL to the mixture, neither of the objectives claimed for: "
+        f"the best single reference, where good answers are split: {listed('split')}; borne out for "
+        f"{signs.count(1)} of {len(signs)} objectives, less than {MARGIN:g} counting as no gain; {_words.outcome(agreement)}. Where "
+        f"one reference knows them all: {listed('one')}. Reverse KL to the mixture, neither of the objectives claimed for: "
         f"{split} and {one}."
     )
 

@@ -49,7 +49,7 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         notes=(
             *_precision.ASSUMPTIONS,
             "predicted: the ratio of the exact asymptotic variances (polyref.theory.asymptotics), which no run enters.",
-            f"Less: the interval is below 1. Kept: it is below {1 + MARGIN:g}. One above {1 - MARGIN:g} counts as no gain.",
+            f"An interval above {1 - MARGIN:g} counts as no gain, else one below 1 as less; one below {1 + MARGIN:g} as kept.",
             f"The fitted g has seen {FITTED_PAIRS} labelled pairs a context of its own, {FITTED_PAIRS * _precision.CONTEXTS} "
             "in all, on top of those that the plain fit sees too: its comparison is not at equal labels. Other g see none.",
         ),
@@ -95,7 +95,7 @@ def _finding(errors: Shares, regrets: Shares) -> tuple[Agreement, str]:
     """With the true g: less of both under each wrong law, and under the right one no more than MARGIN above."""
     wrong = [law for law in MISSPECIFICATIONS if law != WELL_SPECIFIED]
     less = {what: [_words.lower(shares[law, "true"]) for law in wrong] for what, shares in (("e", errors), ("r", regrets))}
-    kept = [_words.lower(shares[WELL_SPECIFIED, "true"], 1 + MARGIN) for shares in (errors, regrets)]
+    kept = [-_words.side(shares[WELL_SPECIFIED, "true"], 1 + MARGIN) for shares in (errors, regrets)]
     agreement = _words.joint((*less["e"], *less["r"], *kept))
     gains = [_name(law) for law, sign in zip(wrong, less["e"], strict=True) if sign < 0]
     hurt = [quality for quality in list(G_QUALITIES)[1:] if any(errors[law, quality].low > 1 for law in MISSPECIFICATIONS)]
