@@ -267,6 +267,8 @@ def test_one_pair_has_no_variance_and_equal_losses_no_factor() -> None:
     means = dict.fromkeys(objective.columns, 1.0)
     assert set(objective.summary(means, 1)) == {"vr/data", "vr/correction", "vr/auxiliary"}
     assert objective.summary(means, 2)["vr/loss_variance"] == 0.0 and "vr/factor" not in objective.summary(means, 2)
+    spread = means | {name + SQUARE: 1 + excess for name, excess in (("vr/data", 3.0), ("vr/loss", 2.0))}
+    assert objective.summary(spread, 2)["vr/factor"] == 1.5
 
 
 def test_evaluation_is_of_the_plain_pair_loss_and_reads_no_auxiliary_column(world: World) -> None:

@@ -52,6 +52,7 @@ class PolicySettings:
         lora: train a low-rank adapter instead of all weights.
         merge_adapter: write the trained adapter merged into the weights.
         references: what the policy is kept close to; the starting policy when left out.
+        sampling_policy: what completions were drawn from, for objective doubly_robust.
     """
 
     model: str
@@ -62,6 +63,7 @@ class PolicySettings:
     lora: LoraSettings | None = None
     merge_adapter: bool = False
     references: ReferenceSet | None = None
+    sampling_policy: ReferenceSet | None = None
 
     @property
     def source(self) -> ModelSource:
@@ -153,12 +155,13 @@ def _inputs(policy: PolicySettings, records: list[PreferenceRecord], held_out: l
         "tokenizer": tokenizer_fingerprint(load_tokenizer(policy.source)),
         "weights of the policy": weights_fingerprint(policy.source),
     }
-    for number, member in enumerate(policy.references.members if policy.references else (), 1):
-        check_config(load_config(member.source), member.label)
-        adapter = adapter_fingerprint(str(member.adapter) if member.adapter else None)
-        inputs[f"weights of reference {number}"] = weights_fingerprint(member.source) + adapter
-        if (tokenizer := tokenizer_fingerprint(own_tokenizer(member))) != inputs["tokenizer"]:
-            inputs[f"tokenizer of reference {number}"] = tokenizer
+    for what, models in (("reference", policy.references), ("sampling policy", policy.sampling_policy)):
+        for number, member in enumerate(models.members if models else (), 1):
+            check_config(load_config(member.source), member.label)
+            adapter = adapter_fingerprint(str(member.adapter) if member.adapter else None)
+            inputs[f"weights of {what} {number}"] = weights_fingerprint(member.source) + adapter
+            if (tokenizer := tokenizer_fingerprint(own_tokenizer(member))) != inputs["tokenizer"]:
+                inputs[f"tokenizer of {what} {number}"] = tokenizer
     return inputs
 
 
@@ -175,6 +178,7 @@ def _train_in(
     """Score, evaluate, train from the newest checkpoint, evaluate again, and write the policy."""
     from polyref.cli.progress import Meter, TrainingProgress
     from polyref.cli.settings import peft_config
+    from polyref.data.auxiliary import auxiliary_pairs
     from polyref.scoring.models import load_causal_lm, load_tokenizer
     from polyref.training.checkpoints import save_policy
     from polyref.training.preference_trainer import PreferenceTrainer
@@ -192,6 +196,7 @@ def _train_in(
             peft_config(policy.lora, model),
             callbacks=[TrainingProgress(steps), metrics_writer(folder)],
             reference_progress=scoring,
+            sampling_policy=policy.sampling_policy,
         )
         course = train_and_evaluate(folder, stage, inputs, trainer, held_out=bool(held_out))
         shown = replies(trainer) if replies else []
@@ -208,6 +213,8 @@ def _train_in(
         "train_pairs": len(trainer.train_dataset),
         "compatibility": list(trainer.reference_scores["train"].compatibility),
     }
+    if args.objective != "plain":
+        summary |= {"objective": args.objective, "auxiliary_pairs": auxiliary_pairs(trainer.train_dataset.pairs[0].record)}
     return summary | course, shown
 
 

@@ -22,7 +22,7 @@ def write_training_page(
     replies: Sequence[SideBySide] = (),
 ) -> Path:
     """Write the page of a training `summary` and its `metrics` rows to `path`; `opening` sentences come first."""
-    sections = [_evidence(summary), _curves(metrics)]
+    sections = [evidence(summary), _curves(metrics)]
     if replies:
         sections.append(
             Section("Replies side by side", ("Greedy decoding; cut at the length of the demonstration.",), comparisons=replies)
@@ -53,19 +53,20 @@ def _sentences(summary: Row) -> list[str]:
         (was, _, _), (now, low, high) = before["accuracy"], after["accuracy"]
         lines.append(
             f"On {after['pairs']} held-out pairs ({after['prompts']} prompts, {summary['shared_prompts'] or 'none'} of them "
-            f"trained on) it prefers what was chosen {now:.0%} of the time, against {was:.0%} before; {_certainty(low, high)}."
+            f"trained on) it prefers what was chosen {now:.0%} of the time, against {was:.0%} before; {certainty(low, high)}."
         )
     return lines
 
 
-def _certainty(low: float | None, high: float | None) -> str:
+def certainty(low: float | None, high: float | None) -> str:
+    """What an accuracy's interval says of chance, in words."""
     if low is None or high is None:
         return "one prompt gives no interval"
     verdict = "is above chance" if low > 0.5 else "is below chance" if high < 0.5 else "cannot be told from chance at this size"
     return f"the 95% interval, {low:.0%} to {high:.0%}, {verdict}"
 
 
-def _estimate(values: Sequence[float | None]) -> Cell:
+def estimate(values: Sequence[float | None]) -> Cell:
     """[mean, low, high] as the page shows it: dashes where there is no interval."""
     mean, low, high = values
     if mean is None or low is None or high is None:
@@ -79,13 +80,14 @@ def _key_numbers(summary: Row) -> list[KeyNumber]:
         return []
     return [
         KeyNumber(
-            "held-out preference accuracy", _estimate(after["accuracy"]), "share of held-out pairs ranked as their labels say"
+            "held-out preference accuracy", estimate(after["accuracy"]), "share of held-out pairs ranked as their labels say"
         ),
-        KeyNumber("held-out margin", _estimate(after["margin"]), "mean implied reward of chosen less rejected"),
+        KeyNumber("held-out margin", estimate(after["margin"]), "mean implied reward of chosen less rejected"),
     ]
 
 
-def _evidence(summary: Row) -> Section:
+def evidence(summary: Row) -> Section:
+    """Accuracy and margin on held-out pairs before and after the training of `summary`; empty where none were held out."""
     before, after = summary["before"], summary["after"]
     if not (before and after):
         return Section("Held-out evidence")
@@ -93,7 +95,7 @@ def _evidence(summary: Row) -> Section:
     bars = Bars("accuracy", *columns)
     figure = bar_chart(["before training", "after training"], [bars], title="Held-out preference accuracy", baseline=0.5)
     reports = (("before", before), ("after", after))
-    rows = [[when, _estimate(r["accuracy"]), _estimate(r["margin"]), r["pairs"]] for when, r in reports]
+    rows = [[when, estimate(r["accuracy"]), estimate(r["margin"]), r["pairs"]] for when, r in reports]
     return Section(
         "Held-out evidence",
         ("Intervals are 95%, from a bootstrap over prompts. The dashed line is a coin flip.",),
@@ -108,23 +110,30 @@ def _curves(metrics: Sequence[Row]) -> Section:
         return Section("Training curves")
 
     def chart(title: str, unit: str, **names: str) -> Figure:
-        steps = [row["step"] for row in rows]
-        return line_chart(
-            [Line(n, steps, [r[k] for r in rows]) for n, k in names.items()], title=title, x_label="step", y_label=unit
-        )
+        held = {name: [row for row in rows if key in row] for name, key in names.items()}
+        lines = [Line(n, [row["step"] for row in held[n]], [row[k] for row in held[n]]) for n, k in names.items()]
+        return line_chart(lines, title=title, x_label="step", y_label=unit)
 
-    figures = (
+    figures: tuple[Figure, ...] = (
         chart("Loss", "nats", loss="loss"),
         chart("Implied rewards", "reward", chosen="rewards/chosen", rejected="rewards/rejected"),
         chart("Log-probability of completions", "nats", chosen="logps/chosen", rejected="logps/rejected"),
     )
+    if any("vr/factor" in row for row in rows):
+        figures += (chart("Variance of the plain loss over that of the loss", "ratio", factor="vr/factor"),)
+    if any("dr/value" in row for row in rows):
+        figures += (
+            chart("Win rate over the sampling policy, estimated", "share", value="dr/value"),
+            chart("Importance ratios", "share", clipped="dr/clip_share", **{"effective sample": "dr/ess"}),
+        )
     return Section("Training curves", ("Means over the training pairs since the point before.",), figures=figures)
 
 
 def _setting(summary: Row) -> Section:
     weights = zip(summary["references"], summary["weights"], strict=True)
     rows: list[list[Any]] = [[label, weight] for label, weight in weights]
-    settings = [[key, str(summary[key])] for key in ("model", "composition", "divergence", "loss_type", "beta", "train_pairs")]
+    names = ("model", "composition", "divergence", "loss_type", "beta", "train_pairs", "objective", "auxiliary_pairs")
+    settings = [[key, str(summary[key])] for key in names if key in summary]
     return Section(
         "How it was made",
         tuple(summary["compatibility"]),

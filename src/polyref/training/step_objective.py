@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from polyref.objectives.variance_reduced import optimal_control, variance_reduce
 ControlCoefficient = float | Literal["optimal"]
 
 SQUARE = " squared"
+
+ROUNDING: Final = 1e-10
+"""Variances below this share of a squared mean are taken to be rounding errors of float32."""
 
 
 class Step(NamedTuple):
@@ -73,14 +76,16 @@ class VarianceReducedStep:
         return terms.loss, torch.cat([values, values**2], 1)
 
     def summary(self, means: Mapping[str, float], pairs: int) -> dict[str, float]:
-        """Means of the three terms and, from two pairs on, variances and their ratio."""
+        """Means of the three terms and, from two pairs on, variances and, where the loss varies, their ratio."""
         shown = {name: means[name] for name in self.terms[1:]}
         if pairs < 2:
             return shown
         scale = pairs / (pairs - 1)
         variances = {name: scale * max(means[name + SQUARE] - means[name] ** 2, 0.0) for name in self.terms}
         shown |= {f"{name}_variance": variance for name, variance in variances.items()}
-        return shown | ({"vr/factor": variances["vr/data"] / variances["vr/loss"]} if variances["vr/loss"] > 0 else {})
+        if variances["vr/loss"] <= ROUNDING * means["vr/data"] ** 2:  # as at the start of training, where every h is 0
+            return shown
+        return shown | {"vr/factor": variances["vr/data"] / variances["vr/loss"]}
 
 
 class DoublyRobustStep:
