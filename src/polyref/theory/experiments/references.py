@@ -218,7 +218,7 @@ def _finding(drawn: dict[str, Tensor]) -> tuple[Agreement, str]:
         f"Claimed: several references cover good answers better. Measured at {SIZES[-1]:,} pairs, reward lost beyond that of "
         f"the best single reference, where good answers are split: {listed('split')}; borne out for "
         f"{signs.count(1)} of {len(signs)} objectives, less than {MARGIN:g} counting as no gain; {_words.outcome(agreement)}. "
-        f"Where one reference knows them all: {listed('one')}. Reverse KL to the mixture, neither of the objectives claimed for: "
+        f"Where one reference knows them all: {listed('one')}. Reverse KL to the mixture, which is neither: "
         f"{split} and {one}."
     )
 
