@@ -1,0 +1,118 @@
+"""The judge against a real server: `transformers serve` with a model that babbles and one that keeps to the form."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fakes import byte_tokenizer, saved_llama
+from judge_world import HOSTILE, faulty, lines, settings
+from polyref.errors import ModelError
+from polyref.rewards.judge import Judge
+
+pytestmark = pytest.mark.usefixtures("loopback")
+
+
+def saved_verdict_model(folder, text):
+    """A Llama that after a line break says `text`, whose characters all differ, then <eos>: its head lists successors."""
+    tokenizer = byte_tokenizer()
+    size = len(tokenizer)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=size + size % 2,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8192,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    ids = [*tokenizer("\n" + text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(size, config.hidden_size))
+        model.lm_head.weight.zero_()
+        for before, after in zip(ids, ids[1:], strict=False):
+            model.lm_head.weight[after, before] = 1.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The address of `transformers serve`, a random model and one that keeps to the form."""
+    pytest.importorskip("uvicorn", reason="the extra transformers[serving] is not installed")
+    folder = tmp_path_factory.mktemp("served")
+    noise = str(saved_llama(folder / "noise", byte_tokenizer(), max_position_embeddings=8192))
+    keeps = saved_verdict_model(folder / "keeps", "VERDICT: 73")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "home")}
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen([*command, "--device", "cpu"], stdout=log, stderr=log, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1", noise, keeps
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_real_server_whose_model_babbles_gives_no_label(served, tmp_path):
+    url, noise, _ = served
+    with Judge(settings(url, model=noise, tries=2, timeout=60.0, concurrency=2), tmp_path / "t") as judge:
+        found = judge.verdicts(["x", "y"], ["a", "b"], ["b", "c"])
+        with pytest.raises(ModelError, match="row 1: 2 of 2 pairs have no verdict: 2 replies were no verdict; the last: "):
+            judge(["x", "y"], ["a", "b"], ["b", "c"])
+        transcript = judge.transcript
+    assert found.probability.isnan().all() and math.isnan(found.position_bias)
+    assert (transcript.requests, transcript.not_verdicts, transcript.failed) == (4, 4, 0)
+    answered = [line for line in lines(tmp_path / "t") if line["event"] == "answered"]
+    most = {line["digest"]: line["tokens"] for line in lines(tmp_path / "t") if line["event"] == "asked"}
+    assert all(0 < line["tokens"] <= most[line["digest"]] for line in answered)  # the server's own count is within the bound
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_real_server_behind_faults_whose_model_keeps_to_the_form(served, tmp_path):
+    url, _, keeps = served
+    with faulty(url, ["429", "html", "", "close", "cut", "500"]) as world:
+        with Judge(settings(world.url, model=keeps, timeout=60.0, concurrency=2, attempts=10), tmp_path / "t") as judge:
+            found = judge.verdicts(["x", "y"], ["a", HOSTILE[4]], ["b", "c"])
+            transcript = judge.transcript
+    assert found.refused == {} and found.as_first.tolist() == [0.73, 0.73] and found.position_bias == pytest.approx(0.23)
+    assert torch.allclose(found.probability, torch.full((2,), 0.5, dtype=torch.float64), atol=1e-15)
+    assert (transcript.requests, transcript.failed) == (9, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_real_server_without_the_model_is_one_line(served, tmp_path):
+    with Judge(settings(served[0], model=str(tmp_path / "none"), timeout=60.0, attempts=2), tmp_path / "t") as judge:
+        with pytest.raises(ModelError, match=f"^judge at {served[0]}: ") as error:
+            judge(["x"], ["a"], ["b"])
+    assert "\n" not in str(error.value)
