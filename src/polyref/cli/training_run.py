@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -147,14 +146,13 @@ def _shared_prompts(trainer: Trainer) -> int:
 def _evaluated(folder: RunFolder, trainer: Trainer, dataset: ScoredPairs, when: str, inputs: dict[str, str]) -> dict[str, Any]:
     """The held-out report, kept as a stage so that a resumed run does not make it twice."""
     from polyref.files import write_bytes
-    from polyref.training.evaluate import preference_report
+    from polyref.training.evaluate import plain_interval, preference_report
 
     stage = folder.stage(f"evaluate-{when}", inputs)
     file = stage.folder / "report.json"
     if not stage.done:
         report = preference_report(trainer, dataset, seed=trainer.args.seed)
-        for name in ("accuracy", "margin"):  # one prompt gives no interval, and JSON knows no NaN
-            report[name] = [value if math.isfinite(value) else None for value in report[name]]
+        report |= {name: plain_interval(report[name]) for name in ("accuracy", "margin")}
         write_bytes(file, json.dumps(report).encode())
         stage.finish([file])
     result: dict[str, Any] = json.loads(file.read_text())

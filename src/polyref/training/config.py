@@ -6,29 +6,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 
-from polyref.data.records import PROMPT_FORMATS
-from polyref.data.truncate import check_truncation
 from polyref.errors import ConfigError
 from polyref.objectives.pairwise import PairLoss, pair_loss
+from polyref.training.arguments import COUNTS, check_arguments, finish_arguments
 from polyref.training.step_objective import OBJECTIVES, StepObjective
-
-_COUNTS = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "precompute_ref_batch_size",
-)
-
-_WITHOUT_EFFECT = {
-    "label_smoothing_factor": (0.0, "use label_smoothing, with loss_type smoothed or robust"),
-    "train_sampling_strategy": ("random", "leave it out: batches are grouped by length, in an order made from the seed"),
-    "torch_compile": (False, "leave it out: the scoring path has not been tried under it"),
-}
-"""Settings of transformers that the trainer would ignore: their defaults, and what to do instead."""
 
 LossType = Literal["sigmoid", "hinge", "ipo", "smoothed", "robust"]
 
@@ -103,29 +86,13 @@ class PreferenceConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
-        try:
-            super().__post_init__()
-        except (ImportError, RuntimeError, TypeError, ValueError) as error:
-            raise ConfigError(str(error), where="training settings", fix="change the setting that it names") from error
-        self.dataloader_pin_memory &= torch.accelerator.is_available() and not self.use_cpu
-        for tracker in self.report_to or ():
-            if tracker not in get_available_reporting_integrations():
-                raise ConfigError(f"report_to names {tracker!r}, which is not installed", fix="install it, or give none")
+        finish_arguments(self, super().__post_init__)
 
     def _check(self) -> None:
         self.pair_loss()
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", fix="give at least 1")
-        if not self.learning_rate >= 0:
-            raise ConfigError(f"learning_rate is {self.learning_rate}", fix="give at least 0")
-        if not self.num_train_epochs > 0 and self.max_steps < 1:
-            raise ConfigError(f"num_train_epochs is {self.num_train_epochs}", fix="give a number above 0, or max_steps")
+        check_arguments(self, (*COUNTS, "precompute_ref_batch_size"))
         if self.divergence not in ("reverse", "forward"):
             raise ConfigError(f"unknown divergence {self.divergence!r}", fix="use reverse or forward")
-        check_truncation(self.max_length, self.truncation_mode)
-        if self.prompt_format not in PROMPT_FORMATS:
-            raise ConfigError(f"unknown prompt_format {self.prompt_format!r}", fix="use as_is, chat or transcript")
         if self.length_normalise and self.divergence == "forward":
             raise ConfigError("length_normalise has no meaning under forward KL", fix="use divergence: reverse")
         self._check_objective()
@@ -140,13 +107,8 @@ class PreferenceConfig(TrainingArguments):
             raise ConfigError(
                 "precompute_ref_log_probs is false", fix="leave it true: references are scored once, through the cache"
             )
-        for name, (default, instead) in _WITHOUT_EFFECT.items():
-            if getattr(self, name) != default:
-                raise ConfigError(f"{name} has no effect here", fix=instead)
         if self.dr_beta is not None and self.auto_find_batch_size:
             raise ConfigError("auto_find_batch_size would change the batch that dr_beta is about", fix="set one of them")
-        if self.remove_unused_columns:
-            raise ConfigError("remove_unused_columns is true", fix="leave it false: the trainer makes its own columns")
 
     def _check_objective(self) -> None:
         """An option that the objective would ignore is refused, as is a combination that has no meaning."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from polyref.errors import ModelError
+from polyref.errors import ModelError, TrainingDivergedError
+from polyref.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -124,3 +127,14 @@ def mean_loss(log_history: Sequence[Mapping[str, Any]], *, otherwise: float) -> 
         if "loss" in line:
             total, last = total + (line["step"] - last) * line["loss"], line["step"]
     return total / last if last else otherwise
+
+
+def stop_diverged(folder: str | None, step: int, dataset: Any, index: Tensor) -> NoReturn:
+    """Save which rows of `dataset`, at `index`, the loss broke on, and stop before the optimiser sees it."""
+    rows = [{"source": p.record.source, "row": p.record.row} for p in map(dataset.__getitem__, index.tolist())]
+    file = Path(folder or ".") / "nonfinite_batch.json"
+    write_bytes(file, json.dumps({"step": step, "rows": rows}, indent=2).encode())
+    raise TrainingDivergedError(
+        f"the loss is not finite at step {step}; its rows are in {file}; "
+        "lower learning_rate, set max_grad_norm, or train in float32"
+    )

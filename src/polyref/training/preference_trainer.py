@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,22 +16,24 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from polyref.data.sources import load_preferences
-from polyref.data.tokenize import TokenizedPreferences, tokenize_records
-from polyref.errors import ConfigError, DataError, ModelError, TrainingDivergedError
-from polyref.files import write_bytes, write_errors
+from polyref.data.tokenize import TokenizedPreferences
+from polyref.errors import ConfigError, DataError, ModelError
+from polyref.files import write_errors
 from polyref.objectives.metrics import preference_accuracy
 from polyref.objectives.pairwise import dr_dpo
 from polyref.references.compose import implied_difference
 from polyref.references.reference_set import Reference, ReferenceSet
-from polyref.references.score import Progress, ReferenceScores, check_fit, score_references
+from polyref.references.score import Progress, ReferenceScores, score_references
 from polyref.scoring.logprobs import ScoringPlan, causal_lm, completion_logps, probe
 from polyref.scoring.models import ModelSource, cache_home, load_causal_lm, load_tokenizer
+from polyref.training.arguments import check_processes
 from polyref.training.auxiliary import auxiliary_records, check_sampling_policy, plain_records
 from polyref.training.config import PreferenceConfig
 from polyref.training.dataset import GroupedSampler, PairCollator, ScoredPairs
-from polyref.training.guards import FallingChosenWarning, WholeWindows, check_starts_at_reference, mean_loss
+from polyref.training.guards import FallingChosenWarning, WholeWindows, check_starts_at_reference, mean_loss, stop_diverged
+from polyref.training.means import PairMeans
 from polyref.training.policy import prepare_policy, tokenizer_of
+from polyref.training.prepare import grouped_sampler, records_of, step_batch, tokens_of
 from polyref.training.step_objective import Step
 from polyref.types import PreferenceRecord, TokenBatch
 
@@ -43,8 +44,6 @@ METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/acc
 
 MEANS = {"train": METRICS, "eval": (*METRICS, "loss")}
 """What is averaged over pairs here, besides what an objective logs. transformers averages the training loss over steps."""
-
-BATCH_FIELDS = ("input_ids", "position_ids", "segment_ids", "source_index", "target_ids", "completion_index")
 
 
 class PreferenceTrainer(Trainer):
@@ -97,7 +96,6 @@ class PreferenceTrainer(Trainer):
         self.difference = implied_difference(self.references.composition if self.references else "geometric", args.divergence)
         self.pair_loss = args.pair_loss()
         self.step_objective = args.step_objective()
-        self._columns = MEANS | {"train": (*METRICS, *(self.step_objective.columns if self.step_objective else ()))}
         _check_parallelism(args)
         if args.eval_strategy != "no" and eval_dataset is None:
             raise ConfigError("eval_strategy is set, but there is nothing to evaluate on", fix="give an eval_dataset")
@@ -111,7 +109,8 @@ class PreferenceTrainer(Trainer):
 
         self.reference_scores: dict[str, ReferenceScores] = {}
         self._reference_progress = reference_progress
-        self._sums = {mode: torch.zeros(len(names) + 1) for mode, names in self._columns.items()}
+        logged = self.step_objective.columns if self.step_objective is not None else ()
+        self.means = PairMeans(MEANS | {"train": (*METRICS, *logged)})
         self._evaluated: Any = None
         self._start_check = _start_check(model, self.references)
         super().__init__(
@@ -139,17 +138,9 @@ class PreferenceTrainer(Trainer):
 
     def _prepare(self, source: Any, name: str, *, with_auxiliary: bool = False) -> ScoredPairs:
         """Rows -> records -> tokens -> scored pairs. Refuses a set with nothing left to train on."""
-        records = _records(source, self.args.prompt_format)
+        records = records_of(source, self.args.prompt_format)
         records = auxiliary_records(records, self.args.objective) if with_auxiliary else plain_records(records)
-        data = tokenize_records(
-            records, self.processing_class, max_length=self.args.max_length, truncation_mode=self.args.truncation_mode
-        )
-        if not data.pairs:
-            raise DataError(
-                f"no pair of the {name} set has a completion left within {self.args.max_length} tokens", fix="raise max_length"
-            )
-        logger.info("%s set: %s", name, data.report)
-        check_fit(causal_lm(self.model).config, data.pairs, data.records, "the policy")
+        data = tokens_of(records, name, self.args, self.processing_class, self.model, "the policy")
         references = self.references or ReferenceSet((Reference(self.model),))
         weights = _prompt_weights(data.records, references)
         scores = self._score(data, self.references, weights)
@@ -182,9 +173,7 @@ class PreferenceTrainer(Trainer):
     ) -> Any:
         """Mean pair loss of a batch; its rewards, margins, accuracies and log-probs are added up for the next log line."""
         count = inputs["anchor"].shape[1]
-        batch = TokenBatch(
-            **{name: inputs[name] for name in BATCH_FIELDS}, completions=count if self.plan.layout == "shared" else 1
-        )
+        batch = step_batch(inputs, self.plan.layout, count)
         if self._start_check and self.model.training and self.state.global_step == 0:
             self._check_start(model, batch, inputs["anchor"])
         with self.accelerator.autocast():
@@ -197,14 +186,15 @@ class PreferenceTrainer(Trainer):
             losses, terms = self.pair_loss(h - inputs["margin"], inputs["chosen_probability"]), None
         loss = dr_dpo(losses, self.args.dr_beta) if self.args.dr_beta is not None else losses.mean()
         if not torch.isfinite(loss):
-            self._stop_diverged(inputs["index"])
+            dataset = self.train_dataset if self.model.training else self._evaluated
+            stop_diverged(self.args.output_dir, self.state.global_step, dataset, inputs["index"])
         metrics = [*rewards, h, preference_accuracy(h), *logps[:, :2].unbind(1)]
         if self.model.training:
             values = torch.stack(metrics, 1)
-            self._add("train", values if terms is None else torch.cat([values.detach().cpu().double(), terms], 1))
+            self.means.add("train", values if terms is None else torch.cat([values.detach().cpu().double(), terms], 1))
         else:
             counted = loss.expand_as(losses) if self.args.dr_beta is not None else losses
-            self._add("eval", self.accelerator.gather_for_metrics(torch.stack([*metrics, counted], 1)))
+            self.means.add("eval", self.accelerator.gather_for_metrics(torch.stack([*metrics, counted], 1)))
         return (loss, {"implied_difference": h.detach()}) if return_outputs else loss
 
     def _implied(self, logps: Tensor, tokens: Tensor, anchor: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -242,39 +232,23 @@ class PreferenceTrainer(Trainer):
                 raise
             logger.warning("the reference names the policy's own model, but %s", error)
 
-    def _add(self, mode: str, values: Tensor) -> None:
-        """Add the MEANS (B, M) of a batch, and the number of its pairs, to what the next line averages."""
-        sums = values.detach().sum(0).cpu().double()
-        self._sums[mode] = self._sums[mode] + torch.cat([sums, sums.new_tensor([len(values)])])
-
-    def _means(self, mode: str) -> dict[str, float]:
-        """Means over all pairs of all processes since the last call.
-
-        An evaluation counts each pair once. Training counts pairs as often as they are trained on: those that fill up the last
-        batch of an epoch, where processes share it, twice.
-        """
-        names, sums = self._columns[mode], self._sums[mode]
-        self._sums[mode] = torch.zeros(len(names) + 1)
-        if self.args.world_size > 1 and mode == "train":  # an evaluation has gathered its pairs already
-            sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
-        *totals, count = sums.tolist()
-        if not count:
-            return {}
-        means = {name: total / count for name, total in zip(names, totals, strict=True)}
-        if self.step_objective is None or mode == "eval":
-            return means
-        return {name: means[name] for name in METRICS} | self.step_objective.summary(means, round(count))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training means to a line about training; lines about evaluation carry theirs already.
 
         `train_loss` of the last line becomes the mean over all steps, those before a resume included.
         """
         if "loss" in logs:
-            logs = logs | self._means("train")
+            means, pairs = self.means.take("train", self._over_processes if self.args.world_size > 1 else None)
+            if pairs and self.step_objective is not None:
+                means = {name: means[name] for name in METRICS} | self.step_objective.summary(means, pairs)
+            logs = logs | means
         if "train_loss" in logs:
             logs["train_loss"] = mean_loss(self.state.log_history, otherwise=logs["train_loss"])
         super().log(logs, start_time)
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(sums.to(self.args.device), "sum")
+        return total
 
     def evaluation_loop(
         self,
@@ -285,9 +259,10 @@ class PreferenceTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As Trainer's, with the preference metrics among the returned ones, so that `metric_for_best_model` can name them."""
-        self._evaluated, self._sums["eval"] = dataloader.dataset, torch.zeros(len(self._columns["eval"]) + 1)
+        self._evaluated = dataloader.dataset
+        self.means.reset("eval")
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        means = {f"{metric_key_prefix}_{name}": value for name, value in self._means("eval").items()}
+        means = {f"{metric_key_prefix}_{name}": value for name, value in self.means.take("eval")[0].items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
 
     def prediction_step(
@@ -301,8 +276,7 @@ class PreferenceTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return GroupedSampler(dataset.lengths, self._train_batch_size * self.args.world_size, seed)
+        return grouped_sampler(dataset, self.args, self._train_batch_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As Trainer's, for scored pairs, the name of a set, or preference rows of any kind."""
@@ -323,17 +297,6 @@ class PreferenceTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         vars(self)["_signature_columns"] = []
 
-    def _stop_diverged(self, index: Tensor) -> None:
-        """Save which rows the loss broke on, and stop before the optimiser sees it."""
-        dataset: Any = self.train_dataset if self.model.training else self._evaluated
-        rows = [{"source": p.record.source, "row": p.record.row} for p in map(dataset.__getitem__, index.tolist())]
-        file = Path(self.args.output_dir or ".") / "nonfinite_batch.json"
-        write_bytes(file, json.dumps({"step": self.state.global_step, "rows": rows}, indent=2).encode())
-        raise TrainingDivergedError(
-            f"the loss is not finite at step {self.state.global_step}; its rows are in {file}; "
-            "lower learning_rate, set max_grad_norm, or train in float32"
-        )
-
 
 def _start_check(model: nn.Module, references: ReferenceSet | None) -> str | None:
     """What to do should log-ratios not be 0 at step 0: refuse where the policy is its own reference, warn where it seems so."""
@@ -342,14 +305,6 @@ def _start_check(model: nn.Module, references: ReferenceSet | None) -> str | Non
     only = references.members[0]
     same = not only.in_memory and str(only.model) == str(causal_lm(model).config._name_or_path)
     return "warn" if same and len(references) == 1 and not only.adapter and not only.system_prompt else None
-
-
-def _records(source: Any, prompt_format: Any) -> list[PreferenceRecord]:
-    if isinstance(source, ScoredPairs):
-        return [pair.record for pair in source.pairs]
-    if isinstance(source, Sequence) and source and isinstance(source[0], PreferenceRecord):
-        return list(source)
-    return load_preferences(source, prompt_format=prompt_format)
 
 
 def _anchor(references: ReferenceSet, scores: ReferenceScores, weights: Tensor | None) -> Tensor:
@@ -374,7 +329,6 @@ def _prompt_weights(records: list[PreferenceRecord], references: ReferenceSet) -
 
 
 def _check_parallelism(args: PreferenceConfig) -> None:
-    if args.n_gpu > 1:
-        raise ConfigError(f"{args.n_gpu} GPUs are visible to one process", fix="start with torchrun or accelerate launch")
+    check_processes(args)
     if args.dr_beta is not None and args.world_size > 1:
         raise ConfigError("dr_beta needs the whole effective batch in one process", fix="train in one process")
