@@ -129,6 +129,8 @@ AGAIN: Mapping[str, tuple[list[object], Callable[[World], None] | None]] = {
     "a torn file": ([], _damage("second.json", lambda old: old[:100])),
     "another version": ([], _damage("second.json", lambda old: re.sub(rb'"version": "[^"]*"', b'"version": "0"', old))),
     "somebody else's file": ([], _damage("second.json", lambda old: b"[]")),
+    "a figure torn": ([], _damage("second.png", lambda old: old[:1])),
+    "words of another type": ([], _damage("second.json", lambda old: re.sub(rb'"title": "[^"]*"', b'"title": 5', old))),
     "a figure gone": ([], lambda world: (world.path / "runs" / "lab" / "second.png").unlink()),
 }
 
@@ -182,6 +184,12 @@ def test_bad_input_is_one_line(world: World, ran: Ran) -> None:
         ("second", "--replicates", 0): ("replicates is 0", "at least 20"),
         ("second", "--replicates", "many"): ("replicates: Expected a int",),
         ("second", "--seed", -1): ("seed is -1",),
+        ("second", "--replicates", 10**9): ("replicates is 1000000000", "at most 100000"),
+        ("second", "--output_dir", ""): ("output_dir is empty",),
+        ("reverse-gap", "--constants", "."): ("constants is '.'", "name a .json file"),
+        ("reverse-gap", "--constants", ""): ("name a .json file",),
+        ("reverse-gap", "--constants", "mine.txt"): ("constants is 'mine.txt'", "name a .json file"),
+        ("reverse-gap", "--constants", "taken/mine.json"): ("a part of this path is a file",),
         ("second", "--output_dir", "taken"): ("taken: is a file",),
         ("second", "--output_dir", "taken/below"): ("taken", "cannot be written"),
         ("reverse-gap", "--replicates", 199, "--constants", "mine.json"): ("constants of 199 replicates", "at least 200"),

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 LIST, ALL = "list", "all"
 INDEX = "lab.json"
-FIGURES = ("png", "svg")
 FEWEST = 200
 """Replicates for constants: below it the interval of a 0.99 quantile holds it in fewer than 17 of 20 cases."""
 
@@ -100,16 +99,28 @@ def _checked(settings: LabSettings, experiments: Sequence[Experiment]) -> Path:
     from polyref.theory.planner import SOURCES
 
     check(settings.replicates, settings.seed)
+    if not settings.output_dir:
+        raise ConfigError("output_dir is empty", fix="name a folder, or leave it out")
     if settings.constants is not None and not {one.name for one in experiments} & set(SOURCES.values()):
         raise ConfigError("no experiment named here measures constants", fix=f"name one of {', '.join(SOURCES.values())}")
     if settings.constants is not None and settings.replicates is not None and settings.replicates < FEWEST:
         raise ConfigError(f"constants of {settings.replicates} replicates", fix=f"give at least {FEWEST}, or leave them out")
+    if settings.constants is not None:
+        _check_constants_file(Path(settings.constants))
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RunFolderError("is a file", where=str(folder), fix="name a folder with --output_dir")
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _check_constants_file(file: Path) -> None:
+    """Refuse, before anything runs, what could not be written at the end."""
+    if file.suffix != ".json" or file.is_dir():
+        raise ConfigError(f"constants is {str(file)!r}", fix="name a .json file")
+    if any(part.is_file() for part in file.parents):
+        raise RunFolderError("a part of this path is a file", where=str(file), fix="name another folder")
 
 
 class _Lab:
@@ -134,7 +145,7 @@ class _Lab:
         for one in experiments:
             result = found[one.name]
             if result is None:
-                with Meter("steps") as meter:
+                with Meter("replicates") as meter:
                     result = self.made(one, meter)
             sys.stdout.write(as_text(result) + "\n")
             sys.stdout.flush()
@@ -149,21 +160,23 @@ class _Lab:
         return {"version": self.version, "replicates": self.replicates(experiment), "seed": self.settings.seed}
 
     def kept(self, experiment: Experiment) -> ExperimentResult | None:
-        """The result in the folder, when all its files are there and were made with these settings."""
+        """The result in the folder, when it was made with these settings and every file is as it was written."""
+        from polyref.files import file_digest
         from polyref.theory.results import from_dict
 
-        files = [self.folder / f"{experiment.name}.{end}" for end in ("csv", *FIGURES, "json")]
-        if self.settings.overwrite or not all(file.is_file() for file in files):
+        if self.settings.overwrite:
             return None
         try:
-            plain = json.loads(files[-1].read_bytes())
-            return from_dict(plain["result"]) if plain["asked"] == self.asked(experiment) else None
-        except (ValueError, KeyError, TypeError):  # another program's file, or an older form: made again
+            plain = json.loads((self.folder / f"{experiment.name}.json").read_bytes())
+            digests = {end: file_digest(self.folder / f"{experiment.name}.{end}") for end in plain["files"]}
+            same = plain["asked"] == self.asked(experiment) and plain["files"] == digests
+            return from_dict(plain["result"]) if same else None
+        except (OSError, ValueError, KeyError, TypeError):  # missing, another program's, or of an older form: made again
             return None
 
     def made(self, experiment: Experiment, meter: Any) -> ExperimentResult:
         """Run, then write; the JSON comes last, so that it vouches for the others."""
-        from polyref.files import write_bytes
+        from polyref.files import file_digest, write_bytes
         from polyref.report.lab import draw
         from polyref.report.lab_page import as_csv
         from polyref.theory.results import from_dict, to_dict
@@ -174,10 +187,17 @@ class _Lab:
         )
         plain = to_dict(result)
         result = from_dict(plain)  # what is drawn and printed is what is kept
-        contents = {"csv": as_csv(result), **draw(result), "json": _json({"asked": self.asked(experiment), "result": plain})}
+        contents = {"csv": as_csv(result), **draw(result)}
         seconds = time.perf_counter() - start
-        for end, content in contents.items():
-            write_bytes(self.folder / f"{experiment.name}.{end}", content)
+        files = {end: self.folder / f"{experiment.name}.{end}" for end in contents}
+        for end, file in files.items():
+            write_bytes(file, contents[end])
+        voucher = {
+            "asked": self.asked(experiment),
+            "files": {end: file_digest(file) for end, file in files.items()},
+            "result": plain,
+        }
+        write_bytes(self.folder / f"{experiment.name}.json", _json(voucher))
         index = read_index(self.folder)
         entry = {
             **self.asked(experiment),

@@ -193,9 +193,14 @@ def from_dict(plain: Mapping[str, Any]) -> ExperimentResult:
             "measured": tuple(Measured(**one) for one in plain["measured"]),
         }
         names = {entry.name for entry in dataclasses.fields(ExperimentResult)}
+        if not all(isinstance(plain[name], str) for name in _WORDS) or not isinstance(plain["settings"], Mapping):
+            raise TypeError("words or settings are of another type")
         return ExperimentResult(**{key: value for key, value in plain.items() if key in names} | own)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"not the result of an experiment: {error!r}", fix="run the experiment again") from error
+
+
+_WORDS: Final = ("name", "title", "question", "claim", "finding", "agreement")
 
 
 def _plain(value: Any) -> Any:

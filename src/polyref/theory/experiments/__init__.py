@@ -16,6 +16,9 @@ Progress = Callable[[int, int], None]
 SMALLEST, ENOUGH = 20, 100
 """Replicates from which the 95% interval of a mean of exponential values holds it 88, and 94 times in 100."""
 
+LARGEST: Final = 100_000
+"""Replicates beyond which an experiment may need more memory than there is."""
+
 FEW = "With {} replicates, fewer than {}, intervals are too narrow; of 20, those of skewed means miss 12 times in 100, not 5."
 
 
@@ -32,7 +35,8 @@ class Experiment:
     def __call__(self, replicates: int | None = None, seed: int = 0, progress: Progress | None = None) -> ExperimentResult:
         """The result at `replicates` (None: the default) from `seed`: the same numbers for the same seed.
 
-        Fewer than ENOUGH replicates get a note. Raises ConfigError for fewer than SMALLEST or a negative seed.
+        Fewer than ENOUGH replicates get a note. Raises ConfigError for fewer than SMALLEST, more than LARGEST, and a negative
+        seed.
         """
         check(replicates, seed)
         size = replicates or self.default_replicates
@@ -44,6 +48,8 @@ def check(replicates: int | None, seed: int) -> None:
     """Refuse, with ConfigError, what no experiment can run with."""
     if replicates is not None and replicates < SMALLEST:
         raise ConfigError(f"replicates is {replicates}", fix=f"give at least {SMALLEST}, or intervals mean nothing")
+    if replicates is not None and replicates > LARGEST:
+        raise ConfigError(f"replicates is {replicates}", fix=f"give at most {LARGEST}, which have to fit in memory")
     if seed < 0:
         raise ConfigError(f"seed is {seed}", fix="give a whole number of at least 0")
 
