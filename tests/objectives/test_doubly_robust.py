@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polyref.errors import ConfigError
-from polyref.objectives import doubly_robust_value, importance_diagnostics
+from polyref.objectives import direct_value, doubly_robust_value, importance_diagnostics, kl_penalty
 from toy_lm import minimise, total_variation
 
 ACTIONS = 4
@@ -123,6 +123,53 @@ def test_gradients_rows_and_types():
     turned = doubly_robust_value(1 - z, 1 - g, direct, second, first)
     torch.testing.assert_close(turned, together)
     assert doubly_robust_value(1.0, *(x.float() for x in (g, direct, first, second))).dtype == torch.float32
+
+
+# Pairs drawn before training, in place of the expectation over the policy.
+
+LOG_Q, LOG_ANCHOR = WRONG_LOG_MU, random_logits(ACTIONS, seed=5).log_softmax(-1)
+DRAWN = LOG_Q.exp()[FIRST] * LOG_Q.exp()[SECOND]
+
+
+def test_drawn_pairs_give_the_win_rate_and_the_divergence_and_their_gradients():
+    logits = random_logits(ACTIONS, seed=2).requires_grad_()
+    log_policy = logits.log_softmax(-1)
+    to_q, to_anchor = log_policy - LOG_Q, log_policy - LOG_ANCHOR
+    direct = DRAWN @ direct_value(WRONG[FIRST, SECOND], to_q[FIRST], to_q[SECOND])
+    kl = DRAWN @ kl_penalty(to_anchor[FIRST], to_anchor[SECOND], to_q[FIRST], to_q[SECOND])
+    for found, expected in ((direct, log_policy.exp() @ WRONG @ LOG_Q.exp()), (kl, log_policy.exp() @ to_anchor)):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+        slopes = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (found, expected)]
+        torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-13)
+
+
+def test_a_factor_of_the_anchor_moves_the_divergence_and_not_its_gradient():
+    ratios = random_logits(2, 9, seed=6).requires_grad_()
+    anchor = random_logits(2, 9, seed=7)
+    plain, moved = (kl_penalty(*(anchor + shift), *ratios) for shift in (0.0, -3.0))
+    torch.testing.assert_close(moved, plain - 1.5 * ratios.detach().exp().sum(0))
+    torch.testing.assert_close(*(torch.autograd.grad(v.sum(), ratios, retain_graph=True)[0] for v in (plain, moved)))
+    at_anchor = kl_penalty(*torch.zeros(2, 9, dtype=torch.float64), *ratios)
+    assert not torch.autograd.grad(at_anchor.sum(), ratios)[0].any(), "no noise where the policy is its anchor"
+
+
+def test_beyond_the_clip_the_value_has_no_gradient_and_the_divergence_still_pulls():
+    ratios = torch.tensor([[5.0], [0.0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.grad(direct_value(torch.tensor([0.9]), *ratios, clip=2.0).sum(), ratios)[0][0] == 0
+    pulled = kl_penalty(torch.tensor([5.0]), torch.tensor([0.0]), *ratios, clip=2.0)
+    assert pulled.item() == pytest.approx(0.5 * (2 * 4 - 1) + 1)
+    assert torch.autograd.grad(pulled.sum(), ratios)[0].flatten().tolist() == [5.0, -2.5]
+    extreme = torch.tensor([1e5, -1e5], requires_grad=True)
+    penalty = kl_penalty(extreme.detach(), -extreme.detach(), extreme, -extreme, clip=10.0)
+    penalty.sum().backward()
+    assert penalty.isfinite().all() and extreme.grad.isfinite().all()
+
+
+def test_no_gradient_reaches_the_auxiliary_model_of_drawn_pairs():
+    g = torch.tensor([0.3], requires_grad=True)
+    value = direct_value(g, torch.zeros(1, requires_grad=True), torch.ones(1))
+    value.sum().backward()
+    assert g.grad is None
 
 
 def test_finite_at_extreme_ratios_under_a_clip():

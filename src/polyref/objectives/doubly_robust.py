@@ -86,13 +86,14 @@ def kl_penalty(
     `to_anchor` (...) is log pi - log anchor, the others log pi - log q. The value is the mean over the pair of w r - w + 1, r
     the log-ratio to the anchor. The gradient is that of 1/2 (w1 - w2) (r1 - r2) with r held fixed: each completion is the
     other's baseline, so an anchor known up to a factor of the prompt (a geometric one) adds no noise, and it is 0 where the
-    policy is its anchor. (With such an anchor the value is the KL plus log of the factor.)
+    policy is its anchor. (With such an anchor the value is the KL less log of the factor.) Beyond the clip a weight counts as
+    the clip, and its gradient as the clip times that of log pi: unlike the win rate, the penalty goes on pulling.
     """
-    first, second = _ratio(log_ratio_first, clip), _ratio(log_ratio_second, clip)
+    first, second = (_ratio(log_ratio.detach(), clip) for log_ratio in (log_ratio_first, log_ratio_second))
     r1, r2 = to_anchor_first.detach(), to_anchor_second.detach()
-    slope = 0.5 * (first - second) * (r1 - r2)
-    value = 0.5 * (first.detach() * (r1 - 1) + second.detach() * (r2 - 1)) + 1
-    return value + slope - slope.detach()
+    slope = 0.5 * (first * log_ratio_first - second * log_ratio_second) * (r1 - r2)
+    value = 0.5 * (first * (r1 - 1) + second * (r2 - 1)) + 1
+    return value + (slope - slope.detach())
 
 
 def importance_diagnostics(log_ratios: Tensor, clip: float | None = None) -> ImportanceDiagnostics:
