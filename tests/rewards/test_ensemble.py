@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from fakes import counted_calls
 from polyref.errors import ConfigError, InputError, ModelError
 from polyref.rewards.cached import cached
 from polyref.rewards.ensemble import RewardEnsemble
 from polyref.rewards.functions import NamedReward, from_function, plain_text
 from polyref.rewards.pessimism import UncertainReward, pessimistic
 from polyref.rewards.protocols import Reward
+from polyref.rewards.reward_model import RewardModel
 from polyref.rewards.rules import length
 from polyref.rewards.uncertainty import FeatureUncertainty, inverse_norm, pair_covariance
 from polyref.theory import gshf
@@ -183,3 +186,32 @@ def test_uncertain_rewards_go_through_the_cache(tmp_path: Path):
     nameless = RewardEnsemble((length(), from_function(lambda *_: 0.0, "f")))
     assert nameless.fingerprint is pessimistic(nameless, 1).fingerprint is None
     assert FeatureUncertainty.fit(Linear(), ["x"], ["a"], ["b"]).fingerprint is None
+
+
+def test_reward_models_have_all_that_is_needed(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast):
+    """Two seeds of a network: an ensemble, its members through the cache, and the uncertainty of the features of one."""
+
+    def reward_model(seed: int) -> RewardModel:
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 1}
+        config = LlamaConfig(vocab_size=len(tiny_tokenizer), pad_token_id=0, initializer_range=0.3, **sizes)
+        return RewardModel(LlamaForSequenceClassification(config), tiny_tokenizer, name=f"seed {seed}", device="cpu")
+
+    models = [reward_model(seed) for seed in (0, 1)]
+    prompts, completions = [*PROMPTS, "another?"], [*TEXTS, "a"]
+    plain = RewardEnsemble(tuple(models))
+    through = RewardEnsemble(tuple(cached(model, tmp_path) for model in models))
+    mean, std = plain.moments(prompts, completions)
+    with counted_calls(LlamaForSequenceClassification) as calls:
+        for _ in range(2):
+            assert all(map(torch.equal, through.moments(prompts, completions), (mean, std)))
+        scored = len(calls)
+        RewardEnsemble(tuple(cached(model, tmp_path) for model in models))(prompts, completions)
+        assert len(calls) == scored > 0
+    assert std.min() > 0 and plain.fingerprint == through.fingerprint
+
+    fit = FeatureUncertainty.fit(models[0], prompts[:3], completions[:3], completions[2:5], ridge=0.1)
+    bold, careful = (pessimistic(fit, c)(prompts, completions) for c in (0.0, 1.0))
+    torch.testing.assert_close(bold, models[0](prompts, completions), rtol=0, atol=0)
+    torch.testing.assert_close(bold - careful, fit.uncertainty(prompts, completions), rtol=1e-12, atol=1e-12)
+    assert (bold > careful).all()
