@@ -50,6 +50,11 @@ class World:
         usual = {"model": self.model, "output_dir": self.path / "run", "per_device_train_batch_size": 4, "num_train_epochs": 1}
         return self._words("train", usual | settings)
 
+    def reward(self, **settings: Any) -> list[str]:
+        """`polyref reward` of one epoch with `settings` over the usual ones; None leaves a setting out."""
+        usual = {"model": self.model, "output_dir": self.path / "run", "per_device_train_batch_size": 4, "num_train_epochs": 1}
+        return self._words("reward", usual | settings)
+
     def score(self, **settings: Any) -> list[str]:
         """`polyref score` under one reference, the model itself."""
         usual = {"model": self.model, "references": {"members": [{"model": str(self.model)}]}}

@@ -120,13 +120,15 @@ def test_every_training_option_is_documented_with_its_default() -> None:
     from transformers import TrainingArguments
 
     from polyref import PreferenceConfig
+    from polyref.training.reward_config import RewardConfig
 
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    rows = first_column(read("docs/training.md"))
-    for field in dataclasses.fields(PreferenceConfig):
-        if field.name not in inherited:
-            default = "none" if field.default is None else f"`{str(field.default).lower()}`"
-            assert rows[field.name].split(" | ")[0].strip() == default, field.name
+    for config, page in ((PreferenceConfig, "docs/training.md"), (RewardConfig, "docs/rewards.md")):
+        rows = first_column(read(page))
+        for field in dataclasses.fields(config):
+            if field.name not in inherited:
+                default = "none" if field.default is None else f"`{str(field.default).lower()}`"
+                assert rows[field.name].split(" | ")[0].strip() == default, field.name
 
 
 def test_every_field_of_a_reference_is_documented() -> None:
@@ -146,7 +148,7 @@ def test_every_column_and_error_is_documented() -> None:
 
 
 def test_every_verb_and_setting_is_documented() -> None:
-    from polyref.cli import lab, plan, quickstart, score, settings, train, validate
+    from polyref.cli import lab, plan, quickstart, reward, score, settings, train, validate
     from polyref.cli.main import VERBS
 
     page = read("docs/cli.md")
@@ -156,6 +158,7 @@ def test_every_verb_and_setting_is_documented() -> None:
         validate.ValidateSettings,
         score.ScoreSettings,
         train.PolicySettings,
+        reward.RewardSettings,
         lab.LabSettings,
         plan.PlanSettings,
         settings.DataSettings,

@@ -60,7 +60,7 @@ class DataSettings:
 
 @dataclass
 class LoraSettings:
-    """A fresh low-rank adapter on the policy.
+    """A fresh low-rank adapter on the model that is trained.
 
     Args:
         r: rank.
@@ -100,9 +100,11 @@ def peft_config(settings: LoraSettings | None, model: Any) -> Any:
 
 
 def _linear_layers(model: Any) -> list[str]:
-    """Last parts of the names of all linear layers but the output head."""
+    """Last parts of the names of all linear layers but the output head, or a score head of one number."""
     head = model.get_output_embeddings()
-    linear = ("Linear", "Conv1D")
-    return sorted(
-        {name.rpartition(".")[2] for name, m in model.named_modules() if type(m).__name__ in linear and m is not head}
-    )
+
+    def adapts(module: Any) -> bool:
+        linear = type(module).__name__ in ("Linear", "Conv1D")
+        return linear and module is not head and getattr(module, "out_features", None) != 1
+
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if adapts(module)})

@@ -15,6 +15,7 @@ from polyref.cli.settings import DataSettings, LoraSettings
 from polyref.cli.training_run import (
     MAY_CHANGE,
     add_training_arguments,
+    common_inputs,
     metrics_writer,
     pick,
     refuse_changed,
@@ -142,19 +143,11 @@ def _inputs(policy: PolicySettings, records: list[PreferenceRecord], held_out: l
 
     A reference's tokenizer is there where it is not the policy's.
     """
-    from polyref.data.records import record_to_row
     from polyref.data.tokenize import tokenizer_fingerprint
     from polyref.references.score import own_tokenizer
-    from polyref.scoring.models import adapter_fingerprint, check_config, load_config, load_tokenizer, weights_fingerprint
-    from polyref.stages import content_digest
+    from polyref.scoring.models import adapter_fingerprint, check_config, load_config, weights_fingerprint
 
-    check_config(load_config(policy.source), policy.model)
-    inputs = {
-        "training pairs": content_digest([record_to_row(record) for record in records]),
-        "held-out pairs": content_digest([record_to_row(record) for record in held_out]),
-        "tokenizer": tokenizer_fingerprint(load_tokenizer(policy.source)),
-        "weights of the policy": weights_fingerprint(policy.source),
-    }
+    inputs = common_inputs(policy.source, "policy", records, held_out)
     for what, models in (("reference", policy.references), ("sampling policy", policy.sampling_policy)):
         for number, member in enumerate(models.members if models else (), 1):
             check_config(load_config(member.source), member.label)

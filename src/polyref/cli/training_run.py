@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,10 @@ from polyref.errors import ConfigError, RunFolderError
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from polyref.scoring.models import ModelSource
     from polyref.stages import RunFolder, Stage
     from polyref.training.dataset import ScoredPairs
+    from polyref.types import PreferenceRecord
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,24 @@ def refuse_many_processes() -> None:
             f"the command line trains in one process, and WORLD_SIZE is {processes}",
             fix="start it without a launcher, or use the trainer in a script under torchrun or accelerate launch",
         )
+
+
+def common_inputs(
+    source: ModelSource, who: str, records: Sequence[PreferenceRecord], held_out: Sequence[PreferenceRecord]
+) -> dict[str, str]:
+    """What any training depends on beyond its configuration, by the words that a refusal uses for it."""
+    from polyref.data.records import record_to_row
+    from polyref.data.tokenize import tokenizer_fingerprint
+    from polyref.scoring.models import check_config, load_config, load_tokenizer, weights_fingerprint
+    from polyref.stages import content_digest
+
+    check_config(load_config(source), source.model)
+    return {
+        "training pairs": content_digest([record_to_row(record) for record in records]),
+        "held-out pairs": content_digest([record_to_row(record) for record in held_out]),
+        "tokenizer": tokenizer_fingerprint(load_tokenizer(source)),
+        f"weights of the {who}": weights_fingerprint(source),
+    }
 
 
 def refuse_changed(folder: RunFolder, inputs: dict[str, str]) -> None:

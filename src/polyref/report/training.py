@@ -104,27 +104,29 @@ def evidence(summary: Row) -> Section:
     )
 
 
+def curve_chart(rows: Sequence[Row], title: str, unit: str, **names: str) -> Figure:
+    """What log lines say over the steps: one curve for each of `names`, of the key that it names, where a line has it."""
+    held = {name: [row for row in rows if key in row] for name, key in names.items()}
+    lines = [Line(n, [row["step"] for row in held[n]], [row[k] for row in held[n]]) for n, k in names.items()]
+    return line_chart(lines, title=title, x_label="step", y_label=unit)
+
+
 def _curves(metrics: Sequence[Row]) -> Section:
     rows = [row for row in metrics if "rewards/margins" in row]
     if not rows:
         return Section("Training curves")
 
-    def chart(title: str, unit: str, **names: str) -> Figure:
-        held = {name: [row for row in rows if key in row] for name, key in names.items()}
-        lines = [Line(n, [row["step"] for row in held[n]], [row[k] for row in held[n]]) for n, k in names.items()]
-        return line_chart(lines, title=title, x_label="step", y_label=unit)
-
     figures: tuple[Figure, ...] = (
-        chart("Loss", "nats", loss="loss"),
-        chart("Implied rewards", "reward", chosen="rewards/chosen", rejected="rewards/rejected"),
-        chart("Log-probability of completions", "nats", chosen="logps/chosen", rejected="logps/rejected"),
+        curve_chart(rows, "Loss", "nats", loss="loss"),
+        curve_chart(rows, "Implied rewards", "reward", chosen="rewards/chosen", rejected="rewards/rejected"),
+        curve_chart(rows, "Log-probability of completions", "nats", chosen="logps/chosen", rejected="logps/rejected"),
     )
     if any("vr/factor" in row for row in rows):
-        figures += (chart("Variance of the plain loss over that of the loss", "ratio", factor="vr/factor"),)
+        figures += (curve_chart(rows, "Variance of the plain loss over that of the loss", "ratio", factor="vr/factor"),)
     if any("dr/value" in row for row in rows):
         figures += (
-            chart("Win rate over the sampling policy, estimated", "share", value="dr/value"),
-            chart("Importance ratios", "share", clipped="dr/clip_share", **{"effective sample": "dr/ess"}),
+            curve_chart(rows, "Win rate over the sampling policy, estimated", "share", value="dr/value"),
+            curve_chart(rows, "Importance ratios", "share", clipped="dr/clip_share", **{"effective sample": "dr/ess"}),
         )
     return Section("Training curves", ("Means over the training pairs since the point before.",), figures=figures)
 

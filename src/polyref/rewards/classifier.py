@@ -60,10 +60,15 @@ def load_adapted_classifier(adapter: str, dtype: str = "float32", *, base: Model
 
 
 def fresh_classifier(source: ModelSource, *, seed: int) -> PreTrainedModel:
-    """The base model at `source` with a head of one logit drawn from `seed`, or its own if it has such a one already."""
+    """The base model at `source` with a head of one logit drawn from `seed`, or its own if it has such a one already.
+
+    ModelError for a classifier with another head, and for a model that is not whole.
+    """
     import torch
 
-    _text_config(source)
+    config = _text_config(source)
+    if any("ForSequenceClassification" in name for name in config.architectures or ()):
+        check_one_logit(config, source.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, missing = _load(source, num_labels=1)
