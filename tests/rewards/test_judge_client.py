@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 
@@ -119,6 +120,22 @@ def test_no_server_no_model_no_key_and_no_redirect_are_one_line(tmp_path):
                 judge(["x"], ["a"], ["b"])
         assert len(world.bodies) == 1 and error.value.exit_code == 2
         assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
+
+
+def test_no_key_comes_back_by_the_finish_reason_or_escaped(tmp_path, monkeypatch, caplog):
+    key = 'sk-"very\\secret'
+    spellings = (key, json.dumps(key)[1:-1])
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with listening(lambda *_: completion("VERDICT: no", finish_reason=f"bad key {key} " + "x" * 5000)) as world:
+        with Judge(settings(world.url, key_variable="JUDGE_KEY", tries=1), tmp_path / "t") as judge:
+            judge.verdicts(["x"], ["a"], ["b"])
+            assert all(len(reply.finish_reason) <= 200 for reply in judge.transcript.replies.values())
+    with listening(lambda *_: (401, {}, json.dumps({"error": f"bad key {key}"}).encode())) as world:
+        with Judge(settings(world.url, key_variable="JUDGE_KEY"), tmp_path / "u") as judge:
+            with pytest.raises(ModelError, match=r"bad key \[key\]") as error:
+                judge(["x"], ["a"], ["b"])
+    for text in ((tmp_path / "t").read_text(), (tmp_path / "u").read_text(), caplog.text, str(error.value)):
+        assert not any(spelling in text for spelling in (*spellings, *(json.dumps(each)[1:-1] for each in spellings)))
 
 
 def test_one_question_that_the_server_refuses_does_not_stop_the_others(tmp_path):

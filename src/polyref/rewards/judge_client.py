@@ -206,13 +206,15 @@ class JudgeClient:
             raise _Transient("the answer is no chat completion") from None
         if not isinstance(text, str | None):
             raise _Transient("the answer is no chat completion")
-        return Reply(self._hide(text or ""), str(reason), tokens if type(tokens) is int and tokens > 0 else most)
+        return Reply(self._hide(text or ""), self._clean(str(reason)), tokens if type(tokens) is int and tokens > 0 else most)
 
     def _clean(self, text: str) -> str:
         return one_line(self._hide(text), 200)
 
     def _hide(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+        """`text` without the key, bare or as a JSON string spells it."""
+        escaped = json.dumps(self._key)[1:-1]
+        return text.replace(escaped, "[key]").replace(self._key, "[key]") if self._key else text
 
     def _backoff(self, digest: str, state: tenacity.RetryCallState) -> float:
         """first_wait 2^(n-1) s after attempt n; the digest takes off up to half, so that not all return together."""
