@@ -107,6 +107,17 @@ def test_unequal_lengths_and_nothing_are_refused():
         reward_outcomes(torch.zeros(2), torch.zeros(2), tie_within=math.nan)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_no_number_is_no_tie(bad):
+    with pytest.raises(DataError, match=f"^reward_outcomes, policy reward 2: is {bad}; a reward is a finite number$"):
+        reward_outcomes(torch.tensor([0.0, bad]), torch.zeros(2))
+    with pytest.raises(DataError, match=f"^reward_outcomes, baseline reward 1: is {bad};"):
+        reward_outcomes(torch.zeros(1), torch.tensor([bad]))
+    for value in (bad, 1.5, -0.5):
+        with pytest.raises(DataError, match=f"^majority_outcomes, probability 2: is {value}; leave out what was not judged"):
+            majority_outcomes(torch.tensor([0.0, value, 1.0]))
+
+
 def test_a_gold_that_gives_no_number_is_refused():
     class Broken(Length):
         name = "broken"

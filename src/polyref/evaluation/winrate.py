@@ -34,20 +34,34 @@ class WinRate(NamedTuple):
 def reward_outcomes(policy: Tensor, baseline: Tensor, *, tie_within: float = 0.0) -> Tensor:
     """1 where the policy's reward is above the baseline's, 0 where below, 1/2 where they differ by at most `tie_within`.
 
-    Rewards (N,) in the same units, finite, to (N,) float64. ConfigError for unequal shapes or a negative `tie_within`.
+    Rewards (N,) in the same units, to (N,) float64. ConfigError for unequal shapes or a negative `tie_within`; DataError for a
+    reward that is not finite, which would pass for a tie.
     """
     if policy.shape != baseline.shape:
         shapes = f"{tuple(policy.shape)} and {tuple(baseline.shape)}"
         raise ConfigError(f"rewards of shapes {shapes} cannot be compared", fix="give one of each a comparison")
     if not tie_within >= 0:
         raise ConfigError(f"tie_within is {tie_within}", fix="give a difference of rewards, at least 0")
+    for name, rewards in (("policy", policy), ("baseline", baseline)):
+        _refuse(~rewards.isfinite(), rewards, f"reward_outcomes, {name} reward", "a reward is a finite number")
     difference = policy.to(torch.float64) - baseline.to(torch.float64)
     return (torch.where(difference.abs() <= tie_within, 0.0, difference).sign() + 1) / 2
 
 
 def majority_outcomes(probabilities: Tensor) -> Tensor:
-    """1 where P(policy preferred) is above 1/2, 0 where below, 1/2 at 1/2: (N,) in [0, 1] to (N,) float64."""
+    """1 where P(policy preferred) is above 1/2, 0 where below, 1/2 at 1/2: (N,) to (N,) float64.
+
+    DataError for one outside [0, 1] or NaN, which is what a judge gives of a pair that it refuses.
+    """
+    outside = ~((probabilities >= 0) & (probabilities <= 1))
+    _refuse(outside, probabilities, "majority_outcomes, probability", "leave out what was not judged; the others are in [0, 1]")
     return reward_outcomes(probabilities, torch.full_like(probabilities, 0.5))
+
+
+def _refuse(bad: Tensor, values: Tensor, where: str, fix: str) -> None:
+    """DataError for the first of `values` that is `bad`, (N,) both."""
+    if found := bad.flatten().nonzero().flatten().tolist():
+        raise DataError(f"is {values.flatten()[found[0]].item()}", where=f"{where} {found[0] + 1}", fix=fix)
 
 
 def win_rate(outcomes: ArrayLike, prompts: Sequence[Text], *, seed: int, level: float = 0.95, resamples: int = 4000) -> WinRate:
