@@ -13,7 +13,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertForMaskedLM,
+    DebertaV2ForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 PAD, BOS, EOS, TURN = "<pad>", "<bos>", "<eos>", "<|turn|>"
 
@@ -73,6 +80,20 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **changes: 
 def saved_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **changes: Any) -> Path:
     """`tiny_llama` and its tokenizer as save_pretrained writes them."""
     tiny_llama(tokenizer, seed=seed, **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+ENCODERS: tuple[type[PreTrainedModel], ...] = (BertForMaskedLM, DebertaV2ForMaskedLM)
+"""Encoders that are saved without the pooler that their classifiers have."""
+
+
+def saved_encoder(folder: Path, tokenizer: PreTrainedTokenizerFast, kind: type[PreTrainedModel]) -> Path:
+    """A tiny encoder of one of `ENCODERS` and its tokenizer as save_pretrained writes them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config: Any = kind.config_class
+    kind(config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, LlamaForSequenceClassification
+from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaForSequenceClassification
 
 from fakes import saved_llama, saved_lora, tiny_llama
 from polyref.errors import ModelError
@@ -118,3 +118,13 @@ def test_adapters_without_a_head_or_a_base_are_refused(tmp_path, tiny_tokenizer)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
     with pytest.raises(ModelError, match="gone: no such folder"):
         load_adapted_classifier(str(tmp_path / "adapter"))
+
+
+def test_an_adapter_without_the_pooler_that_its_base_lacks_is_refused(tmp_path):
+    config = BertConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "base")
+    adapted(tmp_path / "base", target_modules=["query"]).save_pretrained(tmp_path / "adapter")
+    words = "2 weights are neither in it nor in its base, such as bert.pooler.dense.bias, and would be random; train it again"
+    with pytest.raises(ModelError, match=words) as refused:
+        load_adapted_classifier(str(tmp_path / "adapter"))
+    assert "\n" not in str(refused.value)

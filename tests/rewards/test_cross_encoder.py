@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PreTrainedModel
 
-from fakes import byte_tokenizer, saved_llama, tiny_llama
+from fakes import ENCODERS, byte_tokenizer, saved_encoder, saved_llama, tiny_llama
 from polyref.errors import ConfigError, DataError, InputError, ModelError, TrainingDivergedError
 from polyref.rewards.classifier import fresh_classifier
 from polyref.rewards.cross_encoder import (
@@ -152,6 +152,16 @@ def test_saved_and_reloaded_it_is_the_same(base, tmp_path, with_adapter):
     save_cross_encoder(encoder, folder)  # over what is there
     with pytest.raises(ModelError, match="no parameter is trainable"):
         train_cross_encoder(found, records, seed=0)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_adapter_brings_the_pooler_that_its_encoder_lacks(tmp_path: Path, kind: type[PreTrainedModel]) -> None:
+    tokenizer = byte_tokenizer(bos=False)
+    encoder = encoder_on(saved_encoder(tmp_path / "base", tokenizer, kind), seed=5, peft_config=lora())
+    train_cross_encoder(encoder, [PreferenceRecord("game", *pair) for pair in CYCLE], seed=0, epochs=2, learning_rate=1e-2)
+    save_cross_encoder(encoder, tmp_path / "mine")
+    found = load_cross_encoder(tmp_path / "mine", device="cpu")
+    assert torch.equal(found(PROMPTS, FIRST, SECOND), encoder(PROMPTS, FIRST, SECOND))
 
 
 def test_folders_that_are_no_cross_encoder_are_refused(base, tmp_path):

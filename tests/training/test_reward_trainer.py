@@ -15,11 +15,12 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     LlamaForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
 
-from fakes import counted_calls, pair_rows, saved_llama, tiny_lora
+from fakes import ENCODERS, counted_calls, pair_rows, saved_encoder, saved_llama, tiny_lora
 from polyref.errors import ConfigError, DataError, InputError, ModelError, TrainingDivergedError
 from polyref.rewards.classifier import fresh_classifier
 from polyref.rewards.reward_model import RewardModel
@@ -213,6 +214,19 @@ def test_an_adapter_keeps_its_head_whatever_the_settings_forgot(world: World) ->
     assert settings.task_type == "CAUSAL_LM" and not settings.modules_to_save, "the settings are the caller's"
     with pytest.raises(ConfigError, match="PEFT model already"):
         world.trainer(4, model=trainer.model, peft=tiny_lora())
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("layers", ["all-linear", ["query", "query_proj"]])
+def test_an_adapter_brings_the_pooler_that_its_encoder_lacks(world: World, kind: type[PreTrainedModel], layers: Any) -> None:
+    base = saved_encoder(world.path / "encoder", world.tokenizer, kind)
+    trainer = world.trainer(8, model=base, peft=tiny_lora(target_modules=layers), seed=7, learning_rate=1e-2)
+    trainer.train()
+    save_policy(trainer.model, world.tokenizer, world.path / "adapter")
+    rows = pair_rows(3)
+    texts = [row["prompt"] for row in rows], [row["chosen"] for row in rows]
+    loaded = RewardModel.load(world.path / "adapter", device="cpu")
+    assert torch.equal(loaded(*texts), RewardModel(trainer.model, world.tokenizer, device="cpu")(*texts))
 
 
 def test_a_merged_adapter_has_its_head(world: World) -> None:

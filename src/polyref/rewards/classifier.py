@@ -6,12 +6,15 @@ only `fresh_classifier`, whose result is there to be trained, draws a head.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyref.errors import ModelError
+from polyref.scoring.logprobs import causal_lm
 from polyref.scoring.models import (
     ModelSource,
+    adapter_tensors,
     attach_adapter,
     check_adapter,
     check_config,
@@ -44,7 +47,7 @@ def load_adapted_classifier(adapter: str, dtype: str = "float32", *, base: Model
     """The classifier that PEFT saved as an adapter with its head in folder or hub id `adapter`, frozen.
 
     It is put on `base`, by default the model that it names, in `dtype`. ModelError where the base is gone, or the adapter is of
-    another model, of another task, or came without its score head.
+    another model, of another task, or came without its score head or another part that its base lacks.
     """
     from peft import PeftConfig
 
@@ -56,7 +59,28 @@ def load_adapted_classifier(adapter: str, dtype: str = "float32", *, base: Model
         fix = "give an adapter of task SEQ_CLS, with the score head in modules_to_save"
         raise ModelError("this adapter brings no score head", where=adapter, fix=fix)
     source = base or ModelSource(named, dtype=dtype)
-    return attach_adapter(fresh_classifier(source, seed=0), adapter).eval()
+    model, drawn = _drawn_classifier(source, seed=0)
+    wrapped: nn.Module = attach_adapter(model, adapter).eval()
+    if lost := sorted(set(drawn) - adapter_tensors(adapter)):
+        what = f"{len(lost)} weights are neither in it nor in its base, such as {lost[0]}, and would be random"
+        raise ModelError(what, where=adapter, fix="train it again, with the modules of these weights in modules_to_save")
+    return wrapped
+
+
+def with_head(peft_config: Any, model: nn.Module) -> Any:
+    """A copy of `peft_config` that trains, and saves, whole all that stands between the base of `model` and its logit.
+
+    That is the score head, and before it the pooler or hidden layer of an encoder: what a base need not hold, so that it
+    would be drawn anew when the adapter is loaded.
+    """
+    network: Any = causal_lm(model)
+    base = network.base_model_prefix
+    above = [name for name, child in network.named_children() if name != base and any(True for _ in child.parameters())]
+    poolers = [name for name, _ in network.named_modules() if name.startswith(f"{base}.") and name.endswith(".pooler")]
+    changed = copy.copy(peft_config)
+    changed.task_type = "SEQ_CLS"
+    changed.modules_to_save = list(dict.fromkeys([*(changed.modules_to_save or ()), *above, *poolers]))
+    return changed
 
 
 def fresh_classifier(source: ModelSource, *, seed: int) -> PreTrainedModel:
@@ -64,19 +88,7 @@ def fresh_classifier(source: ModelSource, *, seed: int) -> PreTrainedModel:
 
     ModelError for a classifier with another head, and for a model that is not whole.
     """
-    import torch
-
-    config = _text_config(source)
-    if any("ForSequenceClassification" in name for name in config.architectures or ()):
-        check_one_logit(config, source.model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, missing = _load(source, num_labels=1)
-    prefix = f"{model.base_model_prefix}."
-    if lost := [name for name in missing if name.startswith(prefix) and ".pooler." not in name]:
-        what = f"{len(lost)} of its weights are not there, such as {lost[0]}, and would be random"
-        raise ModelError(what, where=source.model, fix="give the whole model, as save_pretrained writes it")
-    return model
+    return _drawn_classifier(source, seed=seed)[0]
 
 
 def check_one_logit(config: Any, where: str) -> None:
@@ -96,6 +108,23 @@ def _text_config(source: ModelSource) -> Any:
     config = load_config(source)
     check_config(config, source.model)
     return config
+
+
+def _drawn_classifier(source: ModelSource, *, seed: int) -> tuple[PreTrainedModel, list[str]]:
+    """As `fresh_classifier`, and the names of the weights that were drawn."""
+    import torch
+
+    config = _text_config(source)
+    if any("ForSequenceClassification" in name for name in config.architectures or ()):
+        check_one_logit(config, source.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, missing = _load(source, num_labels=1)
+    prefix = f"{model.base_model_prefix}."
+    if lost := [name for name in missing if name.startswith(prefix) and ".pooler." not in name]:
+        what = f"{len(lost)} of its weights are not there, such as {lost[0]}, and would be random"
+        raise ModelError(what, where=source.model, fix="give the whole model, as save_pretrained writes it")
+    return model, missing
 
 
 def _load(source: ModelSource, **changes: Any) -> tuple[PreTrainedModel, list[str]]:

@@ -20,7 +20,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from polyref.data.collate import grouped_batches
 from polyref.errors import ConfigError, DataError, ModelError, TrainingDivergedError
 from polyref.files import atomic_write
-from polyref.rewards.classifier import check_one_logit, fresh_classifier, is_adapter, load_adapted_classifier, load_classifier
+from polyref.rewards.classifier import (
+    check_one_logit,
+    fresh_classifier,
+    is_adapter,
+    load_adapted_classifier,
+    load_classifier,
+    with_head,
+)
 from polyref.rewards.pair_text import PairIds, encode_pairs, separator_of
 from polyref.rewards.preference_model import probability_of
 from polyref.rewards.protocols import check_probabilities, check_rows
@@ -125,7 +132,7 @@ def fresh_cross_encoder(
             raise ConfigError(what, where="peft_config", fix='set task_type="SEQ_CLS"')
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = get_peft_model(model, peft_config)
+            model = get_peft_model(model, with_head(peft_config, model))
     name = f"cross-encoder on {source.model}"
     return CrossEncoder(model.to(device or default_device()), load_tokenizer(source), max_length, batch_size, name)
 

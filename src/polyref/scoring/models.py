@@ -114,8 +114,7 @@ def adapted(model: PreTrainedModel, adapter: str) -> Iterator[nn.Module]:
     import torch
 
     check_adapter(adapter)
-    source = ModelSource(adapter)
-    overwrites = _tensor_names(source.folder or _hub_snapshot(source))
+    overwrites = adapter_tensors(adapter)
     overwritten = [(tensor, tensor.clone()) for name, tensor in model.state_dict().items() if name in overwrites]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = list(model.named_modules())[1:]
@@ -150,13 +149,14 @@ def attach_adapter(model: PreTrainedModel, adapter: str) -> Any:
     return wrapped
 
 
-def _tensor_names(adapter: Path) -> set[str]:
-    """Names of an adapter's tensors, spelled as the model that it is for spells its own."""
+def adapter_tensors(adapter: str) -> set[str]:
+    """Names of the tensors of an adapter in a folder or on the hub, spelled as the model that it is for spells its own."""
     from safetensors import safe_open
 
     names: set[str] = set()
-    for file in adapter.glob("*.safetensors"):
-        with loading_errors(ModelSource(str(adapter)), "adapter"), safe_open(file, "pt") as tensors:
+    source = ModelSource(adapter)
+    for file in (source.folder or _hub_snapshot(source)).glob("*.safetensors"):
+        with loading_errors(source, "adapter"), safe_open(file, "pt") as tensors:
             names.update(tensors.keys())
     return {name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in names}
 

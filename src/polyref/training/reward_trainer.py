@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from polyref.errors import ConfigError
 from polyref.files import write_errors
 from polyref.objectives.metrics import preference_accuracy
-from polyref.rewards.classifier import fresh_classifier
+from polyref.rewards.classifier import fresh_classifier, with_head
 from polyref.scoring.logprobs import ScoringPlan
 from polyref.scoring.models import ModelSource, load_tokenizer
 from polyref.scoring.score_head import completion_rewards, probe_rewards, score_head, settle_padding
@@ -49,7 +48,7 @@ class RewardTrainer(Trainer):
         train_dataset: what `load_preferences` takes (a name, a file, a datasets.Dataset, rows) or records.
         eval_dataset: the same, or a dict of them.
         processing_class: the model's tokenizer; by default the one kept with it.
-        peft_config: wraps the model in a fresh adapter, in which the score head is trained and saved whole.
+        peft_config: wraps the model in a fresh adapter; the score head, and a pooler before it, is trained and saved whole.
 
     Raises a `PolyrefError` that says in one line what is wrong with model, data or settings.
     """
@@ -82,7 +81,10 @@ class RewardTrainer(Trainer):
             model = fresh_classifier(ModelSource(str(model)), seed=args.seed)
         tokenizer = tokenizer or tokenizer_of(model, WHO)
         settle_padding(model, tokenizer, WHO)
-        model = prepare_policy(model, args, _with_head(peft_config, model), who=WHO)
+        if peft_config is not None:
+            score_head(model, WHO)
+            peft_config = with_head(peft_config, model)
+        model = prepare_policy(model, args, peft_config, who=WHO)
 
         self.means = PairMeans({"train": METRICS, "eval": (*METRICS, "loss")})
         self._evaluated: Any = None
@@ -192,14 +194,3 @@ class RewardTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         vars(self)["_signature_columns"] = []
-
-
-def _with_head(peft_config: Any, model: nn.Module) -> Any:
-    """A copy of `peft_config` for a sequence classifier, whose head it trains, and saves, whole."""
-    if peft_config is None:
-        return None
-    changed = copy.copy(peft_config)
-    head = score_head(model, WHO)[0].split(".")[0]
-    changed.task_type = "SEQ_CLS"
-    changed.modules_to_save = list(dict.fromkeys([*(changed.modules_to_save or ()), head]))
-    return changed
