@@ -29,6 +29,7 @@ from transformers import (
 from fakes import byte_tokenizer, counted_calls, saved_llama
 from polyref.data.collate import collate
 from polyref.errors import ConfigError, DataError, InputError, ModelError
+from polyref.rewards.cached import cached
 from polyref.rewards.classifier import fresh_classifier
 from polyref.rewards.reward_model import RewardModel
 from polyref.scoring.models import ModelSource
@@ -177,6 +178,18 @@ def test_a_saved_reward_model_loads_to_the_last_bit(tmp_path: Path, tiny_tokeniz
     assert loaded.fingerprint == first.fingerprint
     assert RewardModel(llama(tiny_tokenizer, 1), tiny_tokenizer, device="cpu").fingerprint != first.fingerprint
     assert RewardModel(model, tiny_tokenizer, max_length=64, device="cpu").fingerprint != first.fingerprint
+
+
+def test_another_padding_token_is_another_reward_model(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    found = []
+    for padding in (tiny_tokenizer.eos_token_id, tiny_tokenizer.pad_token_id):
+        model = llama(tiny_tokenizer)
+        model.config.pad_token_id = padding
+        reward = RewardModel(model, tiny_tokenizer, device="cpu")
+        assert torch.equal(cached(reward, tmp_path)(PROMPTS, COMPLETIONS), reward(PROMPTS, COMPLETIONS))
+        found.append(reward)
+    assert found[0].fingerprint != found[1].fingerprint
+    assert not torch.equal(*(reward(PROMPTS, COMPLETIONS) for reward in found))
 
 
 def saved_adapter(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> tuple[Path, Any]:

@@ -22,7 +22,7 @@ from polyref.rewards.classifier import is_adapter, load_adapted_classifier, load
 from polyref.rewards.protocols import check_rewards, check_rows
 from polyref.scoring.logprobs import causal_lm, to_device
 from polyref.scoring.models import ModelSource, default_device, load_tokenizer, loading_errors, module_fingerprint
-from polyref.scoring.score_head import probe_rewards, rewards_and_features, score_head, settle_padding
+from polyref.scoring.score_head import padding_token, probe_rewards, rewards_and_features, score_head, settle_padding
 from polyref.stages import content_digest
 from polyref.types import PreferenceRecord, Text, TokenBatch, TokenizedPair
 
@@ -123,9 +123,9 @@ class RewardModel:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits: of weights, tokenizer and cut, which with the text decide a reward."""
-        parts = (module_fingerprint(self.model), tokenizer_fingerprint(self.tokenizer), self.max_length, self.truncation_mode)
-        return content_digest(list(parts))
+        """32 hexadecimal digits: of weights, padding token, tokenizer and cut, which with the text decide a reward."""
+        network = [module_fingerprint(self.model), padding_token(self.model)]  # the head is read at the last token but padding
+        return content_digest([*network, tokenizer_fingerprint(self.tokenizer), self.max_length, self.truncation_mode])
 
     @torch.no_grad()
     def _score(self, prompts: Sequence[Text], completions: Sequence[Text]) -> tuple[Tensor, Tensor]:
