@@ -8,7 +8,7 @@ import pytest
 
 from fakes import byte_tokenizer, pair_rows
 from polyref.data.records import parse_record, read_record, record_to_row, to_messages
-from polyref.data.sources import load_preferences
+from polyref.data.sources import check_alike, load_preferences
 from polyref.data.tokenize import tokenize_for_reference, tokenize_record, tokenize_records
 from polyref.data.validate import validate_preferences
 from polyref.data.validation_text import render_report
@@ -106,18 +106,21 @@ def test_conversations_repeat_no_prompt_and_end_in_one_reply():
         parse(CHAT | {"auxiliary_1": [turn("a"), [USER, *turn("b")]]})
 
 
-def test_every_row_has_as_many_auxiliary_pairs_or_none():
+def test_rows_need_be_alike_only_where_auxiliary_pairs_are_read():
     fewer = GOOD | {name: value[:1] for name, value in G.items() if isinstance(value, list)}
     for first, second, words in (
         (GOOD, fewer, "holds 1 auxiliary pairs where row 1 holds 2"),
         (GOOD, PLAIN, "holds no auxiliary pairs where row 1 holds 2"),
         (PLAIN, GOOD, "holds 2 auxiliary pairs where row 1 holds none"),
     ):
+        records = load_preferences([first, second])
         with pytest.raises(DataError, match=f"row 2, column auxiliary_1: {words}; give every row as many"):
-            load_preferences([first, second])
+            check_alike(records[1], records[0], "auxiliary_1")
+        (problem,) = validate_preferences([first, second]).problems
+        assert (problem.row, problem.column, problem.what) == (2, "auxiliary_1", words)
     renamed = [{"aux" if k == "auxiliary_1" else k: v for k, v in row.items()} for row in (GOOD, fewer)]
-    with pytest.raises(DataError, match="row 2, column aux: holds 1"):
-        load_preferences(renamed, columns={"auxiliary_1": "aux"})
+    (problem,) = validate_preferences(renamed, columns={"auxiliary_1": "aux"}).problems
+    assert problem.column == "aux"
 
 
 @pytest.mark.parametrize("row", [GOOD, CHAT], ids=["text", "chat"])

@@ -16,10 +16,12 @@ from transformers import PreTrainedTokenizerFast
 
 from fakes import auxiliary_columns, counted_calls, pair_rows, tiny_llama, tiny_lora
 from polyref import PreferenceConfig, PreferenceTrainer, Reference, ReferenceSet
+from polyref.data.auxiliary import auxiliary_completions
 from polyref.data.collate import row_length
 from polyref.data.records import parse_record
 from polyref.errors import ConfigError, DataError
 from polyref.objectives.variance_reduced import VarianceReduced, realised_factor, term_variances
+from polyref.training.auxiliary import auxiliary_records
 from polyref.training.dataset import PairCollator
 from polyref.training.step_objective import SQUARE, VarianceReducedStep
 
@@ -335,7 +337,8 @@ def test_rows_without_an_auxiliary_model_are_refused_in_one_line(world: World) -
     two_kinds = [full[0], pair_rows(1)[0]]
     cases = (
         (pair_rows(3), "row 1, column auxiliary_1: is missing, and objective variance_reduced needs it"),
-        (two_kinds, "row 2, column auxiliary_1: holds no auxiliary pairs where row 1 holds 2"),
+        (two_kinds, "row 2, column auxiliary_1: is missing, and objective variance_reduced needs it"),
+        ([full[0], pair_rows(1, **auxiliary_columns(1))[0]], "row 2, column auxiliary_1: holds 1 auxiliary pairs where row 1"),
         ([row | {"margin": 0.5} for row in full], "row 1, column margin: has no counterpart for auxiliary pairs"),
         ([full[0], full[1] | {"predicted_probability": None}], "row 2, column predicted_probability: is missing"),
     )
@@ -346,6 +349,34 @@ def test_rows_without_an_auxiliary_model_are_refused_in_one_line(world: World) -
     records = [parse_record(row, source="f", row_number=i) for i, row in enumerate(full, 1)]
     with pytest.raises(DataError, match="f, row 2, column auxiliary_probability: holds 1 entries"):
         world.trainer([records[0], replace(records[1], auxiliary_probability=(0.5,))], objective="variance_reduced")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"predicted_probability": 2.0}, "predicted_probability: is 2, outside 0 to 1"),
+        ({"predicted_probability": math.inf}, "predicted_probability: is inf, not a finite number"),
+        ({"auxiliary_probability": (0.5, math.nan)}, "auxiliary_probability: entry 2 is nan, not a finite number"),
+        (
+            {"auxiliary_1": (), "auxiliary_2": (), "auxiliary_probability": ()},
+            "auxiliary_1: is an empty list; give at least one",
+        ),
+    ],
+)
+def test_records_made_in_memory_are_checked_as_those_of_a_file_are(changes: dict[str, Any], words: str) -> None:
+    full = [parse_record(row, source="f", row_number=i) for i, row in enumerate(pair_rows(3, **auxiliary_columns(2)), 1)]
+    assert auxiliary_records(full, "variance_reduced") == full
+    with pytest.raises(DataError, match=f"^f, row 2, column {words}"):
+        auxiliary_records([full[0], replace(full[1], **changes), full[2]], "variance_reduced")
+
+
+def test_rows_that_differ_in_columns_not_read_train_and_evaluate(world: World) -> None:
+    full = pair_rows(4, **auxiliary_columns(2))
+    mixed = [*full[:2], *pair_rows(4)[2:]]
+    assert len(world.trainer(mixed, objective="plain").train_dataset) == 4
+    assert len(world.trainer(full, mixed, objective="variance_reduced").eval_dataset) == 4
+    half = [replace(parse_record(row, source="f", row_number=1), auxiliary_2=(" c",)) for row in pair_rows(4)]
+    assert all(not auxiliary_completions(pair.record) for pair in world.trainer(half).train_dataset.pairs)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ def load_preferences(
     `source` is a .jsonl, .jsonl.gz, .json, .json.gz or .parquet file, a folder saved by datasets, a hub id (at `revision`),
     "packaged:NAME", a datasets object, or rows. `split` picks a part of a hub id, folder or DatasetDict. For `columns` see
     `parse_record`, for `prompt_format` see `to_messages`. The first bad row ends the reading with a `DataError` that names
-    file, row and column; data without rows, and rows that `check_alike` refuses, are refused too.
+    file, row and column; data without rows, and rows whose reference weights `check_alike` refuses, are refused too. (Auxiliary
+    pairs need be alike only where they are read.)
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"limit is {limit!r}", fix="give a number of rows of at least 1, or leave it out")
@@ -52,7 +53,7 @@ def load_preferences(
         if not records:
             _tell_unused(row)
         record = parse_record(row.value, source=row.source, row_number=row.number, columns=columns)
-        check_alike(record, records[0] if records else record, columns)
+        check_alike(record, records[0] if records else record, "reference_weights", columns)
         records.append(to_messages(record, prompt_format, columns=columns))
         if len(records) == limit:
             break
@@ -75,17 +76,22 @@ def load_packaged(name: str, *, prompt_format: str = "as_is", limit: int | None 
     return load_preferences(PACKAGED_PREFIX + name, prompt_format=prompt_format, limit=limit)
 
 
-def check_alike(record: PreferenceRecord, first: PreferenceRecord, columns: Mapping[str, str] | None = None) -> None:
-    """`RowError` unless `record` has as many reference weights, and auxiliary pairs, as the `first` of its data (or none)."""
-    for field, unit, fix in (
-        ("reference_weights", "weights", "give every row one weight for each reference"),
-        ("auxiliary_1", "auxiliary pairs", "give every row as many auxiliary pairs, or none"),
-    ):
-        count, wanted = (len(getattr(each, field) or ()) for each in (record, first))
-        if count != wanted:
-            column = (columns or {}).get(field, field)
-            what = f"holds {count or 'no'} {unit} where row {first.row} holds {wanted or 'none'}"
-            raise RowError(what, source=record.source, row=record.row, column=column, fix=fix)
+ALIKE: Mapping[str, tuple[str, str]] = {
+    "reference_weights": ("weights", "give every row one weight for each reference"),
+    "auxiliary_1": ("auxiliary pairs", "give every row as many auxiliary pairs, or none"),
+}
+"""The fields that are of one length in all rows: what they hold, and how to mend them."""
+
+
+def check_alike(
+    record: PreferenceRecord, first: PreferenceRecord, field: str, columns: Mapping[str, str] | None = None
+) -> None:
+    """`RowError` unless `record` holds as many in `field`, one of `ALIKE`, as the `first` of its data (or nothing)."""
+    count, wanted = (len(getattr(each, field) or ()) for each in (record, first))
+    if count != wanted:
+        unit, fix = ALIKE[field]
+        what = f"holds {count or 'no'} {unit} where row {first.row} holds {wanted or 'none'}"
+        raise RowError(what, source=record.source, row=record.row, column=(columns or {}).get(field, field), fix=fix)
 
 
 def source_name(source: object) -> str:

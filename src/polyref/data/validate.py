@@ -11,7 +11,7 @@ from polyref.data.auxiliary import auxiliary_completions
 from polyref.data.encode import Encoder, Encoding, checked_boundary, render_record
 from polyref.data.prompts import IDENTICAL
 from polyref.data.records import RowError, read_record, to_messages
-from polyref.data.sources import check_alike, has_splits, prompt_key, read_rows, source_name
+from polyref.data.sources import ALIKE, check_alike, has_splits, prompt_key, read_rows, source_name
 from polyref.data.truncate import check_truncation, truncate_pair
 from polyref.errors import DataError, one_line
 from polyref.types import PreferenceRecord, Text
@@ -146,7 +146,8 @@ class _Tally:
     def take(self, split: str, record: PreferenceRecord, prompt_format: str, columns: Mapping[str, str] | None) -> None:
         try:
             self.first = self.first or record
-            check_alike(record, self.first, columns)
+            for name in ALIKE:
+                check_alike(record, self.first, name, columns)
             record = to_messages(record, prompt_format, columns=columns)
             encoding = self._encode(record)
         except DataError as error:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from polyref.data.auxiliary import AUXILIARY_FIELDS, check_auxiliary
-from polyref.data.fields import Refusal
+from polyref.data.fields import READERS, Refusal
 from polyref.data.records import RowError
 from polyref.data.sources import check_alike
 from polyref.errors import ConfigError
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 def auxiliary_records(records: Sequence[PreferenceRecord], objective: str) -> list[PreferenceRecord]:
     """`records`, each with all auxiliary columns, as many auxiliary pairs as the first, and no margin; DataError otherwise.
 
+    Columns are read as those of a file are, for records made in memory: finite probabilities in [0, 1], one pair at least.
     A margin would enter the loss of data pairs alone, and auxiliary pairs would no longer stand for them.
     """
     for record in records:
@@ -30,16 +31,20 @@ def auxiliary_records(records: Sequence[PreferenceRecord], objective: str) -> li
                 raise Refusal(f"is missing, and objective {objective} needs it", fix, "auxiliary_1")
             if record.margin:
                 raise Refusal(f"has no counterpart for auxiliary pairs under {objective}", "leave the column out", "margin")
-            check_auxiliary({name: getattr(record, name) for name in ("prompt", "chosen", *AUXILIARY_FIELDS)})
+            values: dict[str, Any] = {"prompt": record.prompt, "chosen": record.chosen}
+            for name in AUXILIARY_FIELDS:
+                values[name] = READERS[name](getattr(record, name))
+            check_auxiliary(values)
         except Refusal as refusal:
-            raise RowError(refusal.what, source=record.source, row=record.row, column=refusal.field, fix=refusal.fix) from None
-        check_alike(record, records[0])
+            column = refusal.field or name
+            raise RowError(refusal.what, source=record.source, row=record.row, column=column, fix=refusal.fix) from None
+        check_alike(record, records[0], "auxiliary_1")
     return list(records)
 
 
 def plain_records(records: Sequence[PreferenceRecord]) -> list[PreferenceRecord]:
     """`records` without auxiliary columns, so that nothing is computed for what is not used."""
-    if not any(record.auxiliary_1 for record in records):
+    if all(getattr(record, name) is None for record in records for name in AUXILIARY_FIELDS):
         return list(records)
     logger.info("the auxiliary columns are not used: objective is plain, or the rows are for evaluation")
     bare: dict[str, Any] = dict.fromkeys(AUXILIARY_FIELDS)
