@@ -62,6 +62,14 @@ def test_one_right_model_is_enough(g, log_mu):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_leaving_equal_pairs_out_multiplies_what_the_value_differs_from_half_by():
+    mu, ratio, distinct = LOG_MU.exp(), LOG_POLICY - LOG_MU, FIRST != SECOND
+    law = (mu[FIRST] * mu[SECOND])[distinct]
+    value = direct_value(PREFERENCE[FIRST, SECOND], ratio[FIRST], ratio[SECOND])[distinct]
+    found = law @ value / law.sum() - 0.5
+    assert found.item() == pytest.approx((LOG_POLICY.exp() @ WIN_RATE_OF_EACH - 0.5).item() / (1 - mu.square().sum().item()))
+
+
 def test_two_wrong_models_are_not():
     assert abs(bias(WRONG, WRONG_LOG_MU)) > 1e-2
 

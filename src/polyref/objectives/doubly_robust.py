@@ -14,7 +14,9 @@ The expectation over pi takes draws. Made before training, they are pairs (a1, a
 q, with g(a1, a2): by exact weights pi/q, `direct_value` has the mean E_{y~pi} g(y beats q), and `kl_penalty` that of the KL.
 With q for mu in all weights, the estimate of the win rate over q is consistent if g is right, whatever law the data pairs had,
 or if they were drawn from q, whatever g. The gradient of all three parts vanishes where a pair's completions are equal, so
-leaving such pairs out, of the data as of the draws, multiplies the gradient at a prompt by one factor.
+leaving such pairs out, of the data as of the draws, multiplies the gradient at a prompt x by 1/(1 - sum_y q(y|x)^2), and what
+the value differs from 1/2 by; the value of the KL and the mean weight are biased otherwise. All else here is of draws with
+equals among them.
 """
 
 from __future__ import annotations

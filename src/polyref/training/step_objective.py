@@ -95,6 +95,9 @@ class DoublyRobustStep:
     nats, which geometric anchors shift by a constant of the prompts), and of the importance weights of all completions their
     mean `dr/weight` (1 where the sampling policy is right and nothing is clipped), the share clipped `dr/clip_share`, and
     `dr/ess`, their effective sample size as a share of their number.
+
+    Data hold no pair of equal completions. By their absence `dr/value` less 1/2, and every gradient, is 1/(1 - sum_y q(y|x)^2)
+    times what independent draws give at a prompt x, and the other means lean to completions that q finds unlikely.
     """
 
     columns: tuple[str, ...] = ("dr/value", "dr/kl", "dr/clip_share", "dr/weight", "dr/weight" + SQUARE)
