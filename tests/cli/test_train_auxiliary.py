@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from cli_world import World, assert_one_line
@@ -42,6 +44,22 @@ def test_a_run_says_which_objective_it_had_and_shows_its_curves(objective: str, 
     manifest = (run / "manifest.json").read_text()
     assert ("weights of sampling policy 1" in manifest) == (objective == "doubly_robust")
     assert world.run(words).code == 0, "complete, and known to be"
+
+
+def test_score_takes_held_out_rows_without_such_columns_and_writes_them_after_the_others(world: World) -> None:
+    world.pairs(*pair_rows(8, **auxiliary_columns(2)))
+    held_out = world.pairs(*pair_rows(3), name="held_out.jsonl")
+    table = world.path / "scores.parquet"
+    outcome = world.run(world.score(eval_data=held_out, output=table))
+    assert outcome.code == 0, outcome.err
+    rows = pq.read_table(table).to_pylist()
+    assert [(Path(row["source"]).name, row["row"]) for row in rows[6:10]] == [
+        ("pairs.jsonl", 7),
+        ("pairs.jsonl", 8),
+        ("held_out.jsonl", 1),
+        ("held_out.jsonl", 2),
+    ]
+    assert len(rows) == 11 and rows[0]["ref_chosen_logps"] == rows[8]["ref_chosen_logps"], "one pair in both files"
 
 
 def test_another_sampling_policy_is_another_run(world: World) -> None:

@@ -65,30 +65,38 @@ def run(settings: Namespace) -> None:
     from polyref.data.tokenize import tokenize_records
     from polyref.references.score import score_references
     from polyref.scoring.models import ModelSource, cache_home, load_tokenizer
+    from polyref.training.auxiliary import plain_records
 
     values = vars(settings)
     own, data = ScoreSettings(**pick(values, ScoreSettings)), DataSettings(**pick(values, DataSettings))
     source = ModelSource(own.model, own.gguf_file, revision=own.revision, trust_remote_code=own.trust_remote_code)
     tokenizer = load_tokenizer(source)
     train, held_out = data.load(own.prompt_format)
-    tokens = tokenize_records(train + held_out, tokenizer, max_length=own.max_length, truncation_mode=own.truncation_mode)
-    logger.info("%s", tokens.report)
+    parts = [
+        tokenize_records(records, tokenizer, max_length=own.max_length, truncation_mode=own.truncation_mode)
+        for records in (train, plain_records(held_out))  # apart, as training scores them
+        if records
+    ]
+    for tokens in parts:
+        logger.info("%s", tokens.report)
     cache = Path(own.cache_dir) if own.cache_dir else cache_home() / "logprobs"
     with Meter("tokens") as meter:
-        scores = score_references(tokens, own.references, tokenizer, cache_dir=cache, batch_size=own.batch_size, progress=meter)
-    rate = f"{scores.tokens / scores.seconds:.0f} tokens a second" if scores.seconds else "nothing to score"
-    logger.info(
-        "%d completions scored, %d found in the cache (hit rate %.1f%%); %s",
-        scores.misses,
-        scores.hits,
-        100 * scores.hit_rate,
-        rate,
-    )
+        scores = [
+            score_references(tokens, own.references, tokenizer, cache_dir=cache, batch_size=own.batch_size, progress=meter)
+            for tokens in parts
+        ]
+    hits, misses = sum(part.hits for part in scores), sum(part.misses for part in scores)
+    seconds = sum(part.seconds for part in scores)
+    rate = f"{sum(part.tokens for part in scores) / seconds:.0f} tokens a second" if seconds else "nothing to score"
+    share = 100 * hits / max(hits + misses, 1)
+    logger.info("%d completions scored, %d found in the cache (hit rate %.1f%%); %s", misses, hits, share, rate)
     if own.output is not None:
-        _write(Path(own.output), tokens.records, scores, own.references)
+        _write(Path(own.output), [record for tokens in parts for record in tokens.records], scores, own.references)
 
 
-def _write(path: Path, records: Sequence[PreferenceRecord], scores: ReferenceScores, references: ReferenceSet) -> None:
+def _write(
+    path: Path, records: Sequence[PreferenceRecord], scores: Sequence[ReferenceScores], references: ReferenceSet
+) -> None:
     """One row a pair: where it came from, and its log-probs by reference, in nats."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -99,8 +107,8 @@ def _write(path: Path, records: Sequence[PreferenceRecord], scores: ReferenceSco
         {
             "source": [record.source for record in records],
             "row": [record.row for record in records],
-            "ref_chosen_logps": scores.chosen.tolist(),
-            "ref_rejected_logps": scores.rejected.tolist(),
+            "ref_chosen_logps": [row for part in scores for row in part.chosen.tolist()],
+            "ref_rejected_logps": [row for part in scores for row in part.rejected.tolist()],
         },
         metadata={"references": repr([member.label for member in references.members])},
     )
