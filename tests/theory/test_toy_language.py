@@ -76,12 +76,11 @@ def test_completions_score_as_under_a_torch_module_with_the_same_next_token_law(
 
 @pytest.mark.parametrize("weights", [WEIGHTS, PER_CONTEXT], ids=["shared", "per_context"])
 @pytest.mark.parametrize("seed", range(5))
-def test_composing_tokens_is_measurably_not_composing_sequences(seed, weights, record_property):
-    """Total variation 0.02 to 0.13 on these random references."""
+def test_composing_tokens_is_measurably_not_composing_sequences(seed, weights):
+    """Total variation 0.02 to 0.13 on these random references; `polyref lab composition` reports it by length."""
     language = toy(seed)
-    for name, (wrong, right) in zip(("geometric", "arithmetic"), wrong_and_right(language, weights), strict=True):
+    for wrong, right in wrong_and_right(language, weights):
         distance = total_variation(wrong, right)
-        record_property(f"total_variation_{name}", distance.tolist())
         assert (distance > 0.02).all() and (distance < 1).all()
 
 
