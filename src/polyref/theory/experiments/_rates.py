@@ -13,10 +13,11 @@ from polyref.theory.estimators import fit_tabular
 from polyref.theory.experiments import Progress
 from polyref.theory.experiments._data import growing_wins
 from polyref.theory.experiments._words import cells
+from polyref.theory.planner import measured_constants
 from polyref.theory.preferences import bradley_terry, pair_law
 from polyref.theory.regression import SlopeFit, estimates, fit_slope, mean, quantile
 from polyref.theory.replicates import map_replicates
-from polyref.theory.results import Curve, Table
+from polyref.theory.results import Curve, Measured, Table
 
 SIZES: Final = tuple(500 * 2**k for k in range(9))
 """Pairs: 500 to 128,000."""
@@ -94,6 +95,11 @@ def fit_gaps(name: str, gaps: Tensor, claimed: float) -> GapFits:
         Table(("pairs", "mean gap", "90% quantile"), tuple(rows)),
         *slopes,
     )
+
+
+def constants(name: str, gaps: Tensor, coverages: Tensor, seed: int) -> tuple[Measured, ...]:
+    """What the planner may use: the constants of `gaps` (P, R) at the largest size, `coverages` (R,) those of the optimum."""
+    return measured_constants(name, gaps[-1], pairs=SIZES[-1], beta=BETA, dimension=DIMENSION, coverage=coverages, seed=seed)
 
 
 def settings(replicates: int, seed: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from torch import Tensor
 from polyref.theory.bandit import FiniteBandit
 from polyref.theory.coverage import density_coverage
 from polyref.theory.experiments import Experiment, Progress, _rates, _words
-from polyref.theory.planner import measured_constants
 from polyref.theory.results import ExperimentResult, Guide, Panel, agreement_of
 from polyref.theory.solutions import forward_optimum, solve_forward_kl
 from polyref.theory.values import forward_gap
@@ -45,15 +44,7 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         slopes=(fits.mean, fits.upper),
         settings=_rates.settings(replicates, seed),
         notes=_rates.ASSUMPTIONS,
-        measured=measured_constants(
-            "forward-gap",
-            gaps[-1],
-            pairs=_rates.SIZES[-1],
-            beta=_rates.BETA,
-            dimension=_rates.DIMENSION,
-            coverage=coverages,
-            seed=seed,
-        ),
+        measured=_rates.constants("forward-gap", gaps, coverages, seed),
     )
 
 
