@@ -39,7 +39,6 @@ SCORE_PROGRAM = """
                 time.sleep(seconds)
                 os.write(log, f"{i}\\n".encode())
                 writer.add([key], [-0.5 * i], [2])
-    os._exit(0)  # pyarrow's threads may abort a normal exit on a loaded machine
 """
 
 
@@ -217,6 +216,21 @@ def test_a_reader_follows_a_compaction(tmp_path: Path) -> None:
         writer.add([row_key((40,), (40, 2))], [-20.0], [2])
     assert len(parts(tmp_path)) == 1
     assert reader.lookup(SCORER, keys_of(41)) == expected(41)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_reading_leaves_no_thread_that_could_abort_the_end_of_a_process(tmp_path: Path) -> None:
+    fill(tmp_path, 40, per_part=20)
+    program = """
+        import os, sys
+        from polyref.scoring.cache import LogProbCache, ScorerKey, row_key
+        import pyarrow.parquet
+        before = os.listdir("/proc/self/task")
+        found = LogProbCache(sys.argv[1]).lookup(ScorerKey(weights="abc", tokenizer="t"), [row_key((1,), (1, 2))])
+        print(len(found), len(os.listdir("/proc/self/task")) - len(before))
+    """
+    process = start(program, tmp_path)
+    assert process.communicate(timeout=240)[0].split() == ["1", "0"] and process.returncode == 0
 
 
 def test_a_row_written_twice_counts_once(tmp_path: Path) -> None:

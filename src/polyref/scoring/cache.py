@@ -258,7 +258,9 @@ def _decode(content: bytes) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.read_table(pa.BufferReader(content)).combine_chunks()
+    # In this thread only: a pool's thread that lets go of these bytes while the interpreter ends would abort the process.
+    with pq.ParquetFile(pa.BufferReader(content), pre_buffer=False) as file:
+        return file.read(use_threads=False).combine_chunks()
 
 
 def _part_name(content: bytes) -> str:
