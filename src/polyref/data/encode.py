@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from polyref.data.auxiliary import auxiliary_completions
 from polyref.data.records import RowError
 from polyref.errors import ModelError, ReferenceSetError
-from polyref.types import Message, PreferenceRecord, TokenizedPair
+from polyref.types import Message, PreferenceRecord, Text, TokenizedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,46 +84,65 @@ def render_record(record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, 
     record has a system message already; `RowError` where the template refuses its messages; `ModelError` where there is no
     template, or it leaves the system prompt out.
     """
-    from jinja2 import TemplateError
-
-    prompt, completions = record.prompt, (record.chosen, record.rejected, *auxiliary_completions(record))
+    place: dict[str, Any] = {"source": record.source, "row": record.row}
+    completions = (record.chosen, record.rejected, *auxiliary_completions(record))
     uncut = (False,) * len(completions[2:])
-    if isinstance(prompt, str):
-        prompt = f"{system_prompt}\n\n{prompt}" if system_prompt else prompt
+    prompt = render_prompt(record.prompt, tokenizer, system_prompt, **place)
+    if isinstance(record.prompt, str):
         chosen, rejected, *auxiliary = (f"{prompt}{completion}" for completion in completions)
         return Rendering(prompt, chosen, rejected, chat=False, auxiliary=tuple(auxiliary), auxiliary_cut=uncut)
-    messages = list(prompt)
-    if system_prompt:
-        if any(message["role"] == "system" for message in messages):
-            where, fix = (
-                f"{record.source}, row {record.row}",
-                "drop the system message of the data, or the system prompt of the model",
-            )
-            raise ReferenceSetError("a system prompt is set, but the record has a system message", where=where, fix=fix)
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    try:
-        rendered, chosen, rejected, *auxiliary = (
-            _apply_template(tokenizer, [*messages, *turns], add_generation_prompt=not turns)
-            for turns in ((), *(cast(Turns, completion) for completion in completions))
+    messages = _with_system(record.prompt, system_prompt)
+    chosen, rejected, *auxiliary = (
+        _apply_template(tokenizer, [*messages, *cast(Turns, turns)], place, add_generation_prompt=False)
+        for turns in completions
+    )
+    return Rendering(prompt, chosen, rejected, chat=True, auxiliary=tuple(auxiliary), auxiliary_cut=uncut)
+
+
+def render_prompt(
+    prompt: Text, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None, *, source: str = "memory", row: int = 0
+) -> str:
+    """The prompt's part of what `render_record` gives, with its errors: what a completion of it is drawn after."""
+    if isinstance(prompt, str):
+        return f"{system_prompt}\n\n{prompt}" if system_prompt else prompt
+    if system_prompt and any(message["role"] == "system" for message in prompt):
+        what, fix = (
+            "a system prompt is set, but the record has a system message",
+            "drop the system message of the data, or the system prompt of the model",
         )
-    except TemplateError as error:
-        what, fix = f"the chat template refuses the messages ({error})", "change the roles of the row, or use another model"
-        raise RowError(what, source=record.source, row=record.row, fix=fix) from error
+        raise ReferenceSetError(what, where=f"{source}, row {row}", fix=fix)
+    messages, place = _with_system(prompt, system_prompt), {"source": source, "row": row}
+    rendered = _apply_template(tokenizer, messages, place, add_generation_prompt=True)
     if system_prompt and system_prompt.strip() not in rendered:
         fix = "use a model whose template takes a system prompt, or set none"
         raise ModelError("the chat template leaves the system prompt out", where=_name(tokenizer), fix=fix)
-    return Rendering(rendered, chosen, rejected, chat=True, auxiliary=tuple(auxiliary), auxiliary_cut=uncut)
+    return rendered
+
+
+def _with_system(messages: Turns, system_prompt: str | None) -> list[Message]:
+    return [{"role": "system", "content": system_prompt}, *messages] if system_prompt else list(messages)
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
 
 
-def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool) -> str:
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: dict[str, Any], *, add_generation_prompt: bool
+) -> str:
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         fix = "use a model that has one, or data as plain text with prompt_format 'as_is'"
         raise ModelError("there is no chat template, and the data holds messages", where=_name(tokenizer), fix=fix)
-    return str(tokenizer.apply_chat_template(cast(Any, messages), tokenize=False, add_generation_prompt=add_generation_prompt))
+    try:
+        rendered = tokenizer.apply_chat_template(
+            cast(Any, messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        what, fix = f"the chat template refuses the messages ({error})", "change the roles of the row, or use another model"
+        raise RowError(what, fix=fix, **place) from error
+    return str(rendered)
 
 
 class Encoder:
@@ -148,6 +167,11 @@ class Encoder:
     def _ids(self, texts: list[str]) -> list[Ids]:
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [tuple(ids) for ids in encoded["input_ids"]]
+
+    def encode_prompt(self, prompt: Text, system_prompt: str | None = None) -> Ids:
+        """The token ids that a completion of `prompt` is drawn after, as records with that prompt are encoded."""
+        ids = self._ids([render_prompt(prompt, self.tokenizer, system_prompt)])[0]
+        return ids if not isinstance(prompt, str) else self._opening + ids
 
     def encode(self, renderings: Iterable[Rendering]) -> Iterator[Encoding]:
         """The encoding of each rendering, in order; many are tokenised at once."""

@@ -1,0 +1,167 @@
+"""The local engine against enumeration, one-by-one scoring, and other batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import PreTrainedTokenizerFast
+
+from fakes import byte_tokenizer, tiny_llama
+from polyref.errors import ConfigError, DataError, ModelError
+from polyref.samplers.engine import Completion, SamplingParameters
+from polyref.samplers.local import LocalEngine
+
+ALLOWED = (2, 40, 41)
+"""The end token and two bytes: all that the enumerable model ever gives."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerFast) -> Any:
+    return tiny_llama(tokenizer, seed=3).double()
+
+
+class OnlyAllowed(torch.nn.Module):
+    """A model whose other tokens have probability 0."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config, self.generation_config = model, model.config, model.generation_config
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        barred = torch.ones(output.logits.shape[-1], dtype=torch.bool)
+        barred[list(ALLOWED)] = False
+        output.logits = output.logits.masked_fill(barred, -torch.inf)
+        return output
+
+
+def plain_logp(model: Any, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0].double().log_softmax(-1)
+    return float(logits[len(prompt) - 1 : -1].gather(-1, torch.tensor(tokens)[:, None]).sum())
+
+
+def drawn_tokens(drawn: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
+    return [[completion.token_ids for completion in row] for row in drawn]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_completions_follow_the_enumerated_law(tokenizer: PreTrainedTokenizerFast, model: Any, temperature: float) -> None:
+    enumerable, n = OnlyAllowed(model), 4000
+    engine = LocalEngine(enumerable, tokenizer, batch_size=500)
+    (drawn,) = engine(["ab"], n, SamplingParameters(3, temperature=temperature), seed=1)
+    prompt = engine._encoder.encode_prompt("ab")
+    ended = [(*body, 2) for length in range(3) for body in itertools.product(ALLOWED[1:], repeat=length)]
+    support = [*ended, *itertools.product(ALLOWED[1:], repeat=3)]
+
+    def law(tokens: tuple[int, ...]) -> float:
+        total = 0.0
+        for i in range(len(tokens)):
+            with torch.no_grad():
+                logits = enumerable(input_ids=torch.tensor([[*prompt, *tokens[:i]]])).logits[0, -1]
+            total += float((logits / temperature).log_softmax(-1)[tokens[i]])
+        return total
+
+    exact = {tokens: law(tokens) for tokens in support}
+    counts = Counter(completion.token_ids for completion in drawn)
+    assert counts.keys() <= exact.keys()
+    expected = n * np.exp([exact[tokens] for tokens in support])
+    observed = np.array([counts[tokens] for tokens in support])
+    assert chisquare(observed, expected).pvalue > 0.001
+    wrong = np.roll(expected, 1)
+    assert chisquare(observed, wrong).pvalue < 1e-9, "the test can tell a wrong sampler"
+    for completion in drawn[:20]:
+        assert completion.drawn_logp == pytest.approx(exact[completion.token_ids], abs=1e-9)
+        assert completion.logp == pytest.approx(plain_logp(enumerable, prompt, completion.token_ids), abs=1e-9)
+        assert completion.ended == (completion.token_ids[-1] == 2)
+
+
+def test_neither_batch_nor_order_nor_company_changes_a_completion(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
+    prompts = ["a", "what is this", "a", "b" * 30, "cd"]
+    parameters = SamplingParameters(8, temperature=0.9, top_p=0.95)
+    drawn = LocalEngine(model, tokenizer, batch_size=7)(prompts, 4, parameters, seed=5)
+    for size in (1, 3, 64):
+        assert drawn_tokens(LocalEngine(model, tokenizer, batch_size=size)(prompts, 4, parameters, seed=5)) == drawn_tokens(
+            drawn
+        )
+    turned = LocalEngine(model, tokenizer)(prompts[::-1], 4, parameters, seed=5)[::-1]
+    assert drawn_tokens(turned)[1] == drawn_tokens(drawn)[1] and drawn_tokens(turned)[3:] == drawn_tokens(drawn)[3:]
+    alone = LocalEngine(model, tokenizer)(["cd"], 2, parameters, seed=5)
+    assert drawn_tokens(alone)[0] == drawn_tokens(drawn)[4][:2], "more draws begin with the fewer"
+    assert drawn_tokens(drawn)[0] != drawn_tokens(drawn)[2], "equal prompts have draws of their own"
+    assert drawn_tokens(LocalEngine(model, tokenizer)(prompts, 4, parameters, seed=6)) != drawn_tokens(drawn)
+
+
+def test_top_p_keeps_the_likeliest_mass(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
+    engine = LocalEngine(model, tokenizer, batch_size=200)
+    (drawn,) = engine(["ab"], 200, SamplingParameters(1, top_p=0.3), seed=0)
+    prompt = engine._encoder.encode_prompt("ab")
+    with torch.no_grad():
+        law = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).sort(descending=True)
+    kept = int((law.values.cumsum(0) < 0.3).sum()) + 1
+    assert {completion.token_ids[0] for completion in drawn} == set(law.indices[:kept].tolist())
+    mass = float(law.values[:kept].sum())
+    assert all(c.drawn_logp == pytest.approx(c.logp - np.log(mass), abs=1e-9) for c in drawn)
+
+
+def test_a_completion_is_told_apart_from_its_end(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
+    drawn = LocalEngine(OnlyAllowed(model), tokenizer)(
+        [({"role": "user", "content": "hi"},)], 30, SamplingParameters(2), seed=0
+    )
+    seen = {completion.ended for completion in drawn[0]}
+    assert seen == {True, False}
+    for completion in drawn[0]:
+        body = completion.token_ids[:-1] if completion.ended else completion.token_ids
+        assert completion.text == tokenizer.decode(list(body)) and (2 in completion.token_ids) == completion.ended
+
+
+def test_the_model_is_left_as_it_was(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
+    model.train()
+    try:
+        LocalEngine(model, tokenizer)(["a"], 1, SamplingParameters(2), seed=0)
+        assert model.training
+    finally:
+        model.eval()
+
+
+def test_progress_counts_completions(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
+    told: list[tuple[int, int]] = []
+    LocalEngine(model, tokenizer, batch_size=4, progress=lambda *at: told.append(at))(
+        ["a", "b"], 3, SamplingParameters(2), seed=0
+    )
+    assert told == [(4, 6), (6, 6)]
+
+
+def test_what_cannot_be_drawn_is_refused_in_one_line(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
+    engine = LocalEngine(model, tokenizer)
+    with pytest.raises(DataError, match="prompt 2.*context of 256"):
+        engine(["a", "b" * 250], 1, SamplingParameters(20), seed=0)
+    for wrong in ({"max_new_tokens": 0}, {"max_new_tokens": 1, "temperature": 0.0}, {"max_new_tokens": 1, "top_p": 0.0}):
+        with pytest.raises(ConfigError):
+            SamplingParameters(**wrong)
+    with pytest.raises(ConfigError, match="n is 0"):
+        engine(["a"], 0, SamplingParameters(1), seed=0)
+    with pytest.raises(ConfigError, match="batch_size"):
+        LocalEngine(model, tokenizer, batch_size=0)
+    with pytest.raises(DataError, match="no token"):
+        LocalEngine(model, byte_tokenizer(bos=False))([""], 1, SamplingParameters(1), seed=0)
+    broken = tiny_llama(tokenizer)
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="not numbers"):
+        LocalEngine(broken, tokenizer)(["a"], 1, SamplingParameters(1), seed=0)
+    endless = tiny_llama(byte_tokenizer(eos=False))
+    endless.generation_config.eos_token_id = None
+    with pytest.raises(ModelError, match="ends a completion"):
+        LocalEngine(endless, byte_tokenizer(eos=False))
