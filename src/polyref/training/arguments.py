@@ -56,7 +56,9 @@ def finish_arguments(args: Any, finish: Callable[[], None]) -> None:
             raise ConfigError(f"report_to names {tracker!r}, which is not installed", fix="install it, or give none")
 
 
-def check_processes(args: Any) -> None:
-    """Refuse several accelerators in one process, which transformers would split a batch over."""
+def check_run(args: Any, eval_dataset: Any) -> None:
+    """Refuse several accelerators in one process, which transformers would split a batch over, and evaluation of nothing."""
     if args.n_gpu > 1:
         raise ConfigError(f"{args.n_gpu} GPUs are visible to one process", fix="start with torchrun or accelerate launch")
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise ConfigError("eval_strategy is set, but there is nothing to evaluate on", fix="give an eval_dataset")
