@@ -47,6 +47,27 @@ def test_extreme_differences_stay_finite() -> None:
     assert math.isfinite(negative_log_likelihood(h / found, p))
 
 
+@pytest.mark.parametrize("unit", [5e-324, 1e-310, 1e-30, 1.0, 1e30, 1e300])
+def test_the_unit_of_the_rewards_is_that_of_the_temperature(unit: float) -> None:
+    h, p = torch.tensor([1.0, 2.0, -1.0, 3.0], dtype=torch.float64), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    found, usual = fit_temperature(h * unit, p), fit_temperature(h, p)
+    assert found is not None and usual is not None
+    assert found / unit == pytest.approx(usual, rel=1e-9 if unit > 1e-300 else 0.5)  # what denormal numbers can tell
+    assert math.isfinite(negative_log_likelihood(h * unit / found, p))
+
+
+def test_equal_barely_ranked_and_unlike_differences_have_a_temperature_or_none() -> None:
+    three, one = torch.full((4,), 3.0), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert fit_temperature(three, one) == pytest.approx(3 / math.log(3)), "s(3/T) = 3/4"
+    assert fit_temperature(three, torch.ones(4)) is None and fit_temperature(three, torch.full((4,), 0.5)) is None
+    barely = torch.tensor([0.5 + 2e-16] * 4, dtype=torch.float64)
+    assert fit_temperature(three, barely) == pytest.approx(3 / 8e-16, rel=0.5), "no root is taken for 0"
+    mixed = torch.tensor([1.0, 1e-320], dtype=torch.float64)
+    found = fit_temperature(mixed, torch.tensor([1.0, 0.0]))
+    assert found is not None and 0 < found < 0.01
+    assert fit_temperature(mixed, torch.ones(2)) is None
+
+
 def test_the_truth_lies_on_the_diagonal_and_too_large_rewards_below_it() -> None:
     h, z = pairs(20000)
     bins = reliability(h, z, seed=0)

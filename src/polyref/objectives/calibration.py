@@ -36,22 +36,28 @@ def fit_temperature(h: Tensor, chosen_probability: Tensor) -> float | None:
     """The T > 0 of the least mean -p log s(h/T) - (1-p) log s(-h/T): h (N,) in reward units, p (N,) in [0, 1].
 
     The mean is convex in 1/T, so its derivative has at most one root. None where it has none: at T = infinity for an h that
-    ranks no better than chance, at T = 0 for one that ranks every pair as its label says with certainty. DataError for no pairs
-    or numbers that are not finite.
+    ranks no better than chance, at T = 0 for one that ranks every pair as its label says with certainty; and where T is nearer
+    to either than a float can be. DataError for no pairs or numbers that are not finite.
     """
     h, p = _checked(h, chosen_probability)
+    unit = float(h.abs().max())  # in this unit neither h nor the sums below overflow or vanish
+    h = h / unit if unit else h
 
     def slope(inverse: float) -> float:
-        return float((h * (torch.sigmoid(inverse * h) - p)).mean())
+        x = inverse * h
+        return float((h * ((1 - p) * torch.sigmoid(x) - p * torch.sigmoid(-x))).mean())
 
     if slope(0.0) >= 0 or not (h * (p - (h > 0).to(h))).abs().max() > 0:
         return None
-    high = 1.0 / float(h.abs().max())
+    high = 1.0
     while slope(high) < 0:
         high *= 2
         if not math.isfinite(high):
             return None
-    return 1 / brentq(slope, 0.0, high, xtol=1e-14 * high)
+    while slope(high / 2) >= 0:
+        high /= 2
+    temperature = unit / brentq(slope, high / 2, high, xtol=1e-14 * high)
+    return temperature if 0 < temperature < math.inf else None
 
 
 def negative_log_likelihood(h: Tensor, chosen_probability: Tensor) -> float:
