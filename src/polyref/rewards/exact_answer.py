@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from polyref.data.fields import Refusal, read_text
@@ -16,28 +16,53 @@ from polyref.stages import content_digest
 from polyref.types import Text
 
 _MARK = "####"
-_NUMBER = re.compile(
-    r"((?<![\w)])[-\u2212][$\u20ac\u00a3]?)?"  # a minus after a word or a bracket is a subtraction
-    r"(?<![A-Za-z\d_])(?<!\d\.)"  # x2 and v1.5 name things
-    r"((?:\d{1,3}(?:,\d{2,3}){0,8},\d{3}(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
-    r"([eE][-+]?\d{1,3}(?!\w))?",
-    re.ASCII,
+_WHOLE = (
+    r"(?:[1-9]\d{0,2}(?:[ \u00a0\u2009\u202f]\d{3}){1,8}(?!\d)"  # 1 000
+    r"|\d{1,3}(?:,\d{2,3}){0,8},\d{3}(?!\d)|\d+)"
 )
+_SIGN = r"((?<![\w)])[-\u2212][$\u20ac\u00a3]?)?"  # a minus after a word or a bracket is a subtraction
+_START = r"(?<![A-Za-z\d_])(?<!\d\.)"  # x2 and v1.5 name things
+_DECIMAL = rf"{_WHOLE}(?:\.\d+)?"
+_NUMBER = re.compile(rf"{_SIGN}{_START}({_DECIMAL}|(?<![\w.])\.\d+)([eE][-+]?\d{{1,3}}(?!\w))?", re.ASCII)
+_FRACTION = re.compile(  # 1/2/2025 holds none
+    rf"{_SIGN}{_START}(?<!\d/)(?:(\d+) (?!\d{{3}}\D))?({_DECIMAL})/({_DECIMAL})(?!\d|[./]\d)", re.ASCII
+)
+_DIGITS = 1000
+"""The most characters of a number; a longer one is none."""
 
 
-def final_number(text: str) -> Decimal | None:
-    """The number that `text` ends in: its last one; after a mark "####", the last one on the first line that has any; or None.
+def final_number(text: str) -> Fraction | None:
+    """The number that `text` ends in, exactly: its last one; after a mark "####", the last one on the first line that has any.
 
-    The last mark counts. Commas between thousands are dropped, a sign and a currency before the number and anything behind it
-    are allowed: -$1,080.50 is -1080.50, and of 16-3 it is 3.
+    None where there is none, and for a division by 0. The last mark counts, and with nothing behind it there is no answer.
+    Commas and spaces between thousands are dropped (1 000 is 1,000), a sign and a currency before the number and anything
+    behind it are allowed: -$1,080.50 is -1080.5, 3% is 3, and of 16-3 it is 3. 3/4 is a fraction, 1 3/4 one and three quarters.
     """
     _, mark, answer = text.rpartition(_MARK)
-    lines = answer.splitlines() if mark else [text]
-    for line in lines:
-        if found := list(_NUMBER.finditer(line)):
-            minus, digits, power = found[-1].groups("")
-            return Decimal(("-" if minus else "") + digits.replace(",", "") + power)
+    for line in answer.splitlines() if mark else [text]:
+        if numbers := list(_NUMBER.finditer(line)):
+            fractions = list(_FRACTION.finditer(line))
+            last = fractions[-1] if fractions and fractions[-1].end() >= numbers[-1].end() else numbers[-1]
+            return _value(last) if len(last[0]) <= _DIGITS else None
     return None
+
+
+def _value(found: re.Match[str]) -> Fraction | None:
+    """What a match of `_FRACTION` or `_NUMBER` is worth."""
+    if found.re is _NUMBER:
+        minus, digits, power = found.groups("")
+        value = _decimal(digits + power)
+    else:
+        minus, whole, above, below = found.groups("")
+        if not (divisor := _decimal(below)):
+            return None
+        value = _decimal(above) / divisor
+        value += _decimal(whole) if whole and value < 1 else 0
+    return -value if minus else value
+
+
+def _decimal(digits: str) -> Fraction:
+    return Fraction(re.sub(r"[^\d.eE+-]", "", digits))
 
 
 def exact_answer(data: object, *, columns: Mapping[str, str] | None = None, split: str = "train") -> NamedReward:
@@ -48,7 +73,7 @@ def exact_answer(data: object, *, columns: Mapping[str, str] | None = None, spli
     message says. DataError, naming the row, for data without a number or with two answers to a prompt, and for prompts asked
     later that it does not hold.
     """
-    answers: dict[str, Decimal] = {}
+    answers: dict[str, Fraction] = {}
     for source, number, row in read_rows(data, split=split):
         prompt, answer = _read(row, source, number, columns or {})
         if answers.setdefault(prompt, answer) != answer:
@@ -68,10 +93,10 @@ def exact_answer(data: object, *, columns: Mapping[str, str] | None = None, spli
         return values
 
     known = {prompt: str(answer) for prompt, answer in answers.items()}
-    return NamedReward(name, rewards, f"exact_answer 1 {content_digest(known)}")
+    return NamedReward(name, rewards, f"exact_answer 2 {content_digest(known)}")
 
 
-def _read(row: Any, source: str, number: int, columns: Mapping[str, str]) -> tuple[str, Decimal]:
+def _read(row: Any, source: str, number: int, columns: Mapping[str, str]) -> tuple[str, Fraction]:
     """The question and the answer of one row."""
     if isinstance(row, DataError):
         raise row
