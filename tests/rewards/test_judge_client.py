@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fakes import byte_tokenizer
-from judge_world import XYZ, by_length, completion, faulty, judging, lines, listening, settings, shown
+from judge_world import XYZ, Answer, by_length, completion, faulty, judging, lines, listening, settings, shown
 from polyref.errors import ConfigError, ModelError
 from polyref.rewards.judge import Judge
 from polyref.rewards.judge_client import _retry_after
@@ -136,6 +136,42 @@ def test_no_key_comes_back_by_the_finish_reason_or_escaped(tmp_path, monkeypatch
                 judge(["x"], ["a"], ["b"])
     for text in ((tmp_path / "t").read_text(), (tmp_path / "u").read_text(), caplog.text, str(error.value)):
         assert not any(spelling in text for spelling in (*spellings, *(json.dumps(each)[1:-1] for each in spellings)))
+
+
+def test_no_key_comes_back_in_any_escapes_of_json(tmp_path, monkeypatch, caplog):
+    key = 'sk-"very\\secret/0'
+    plain, in_hex = json.dumps(key)[1:-1], "".join(f"\\u{ord(c):04X}" for c in key)
+    nested = json.dumps(json.dumps(key))[3:-3]
+    monkeypatch.setenv("JUDGE_KEY", key)
+    told = ""
+    spellings = (plain, plain.replace("/", "\\/"), plain.replace("e", "\\u0065"), in_hex, in_hex.lower(), nested)
+    for number, spelt in enumerate(spellings):
+        with listening(lambda *_, spelt=spelt: (401, {}, f'{{"error": "bad key {spelt}!"}}'.encode())) as world:
+            with Judge(settings(world.url, key_variable="JUDGE_KEY"), tmp_path / str(number)) as judge:
+                with pytest.raises(ModelError, match=r"bad key \[key\]!") as error:
+                    judge(["x"], ["a"], ["b"])
+        told += str(error.value) + (tmp_path / str(number)).read_text()
+    assert "secret" not in told + caplog.text and "0063" not in told, "nor a part of it"
+
+
+def test_an_answer_is_what_its_json_says_and_one_that_says_it_twice_is_none(tmp_path):
+    def raw(content: str, more: str = "") -> Answer:
+        return 200, {}, f'{{"choices": [{{"message": {{"content": "{content}"{more}}}, "finish_reason": "stop"}}]}}'.encode()
+
+    with listening(lambda *_: raw("\\u0056ERDICT\\u003a\\u0020\\u00360")) as world:
+        with Judge(settings(world.url, average="probability"), tmp_path / "escaped") as judge:
+            assert judge.verdicts(["x"], ["a"], ["b"]).as_first.item() == 0.6
+    twice = [raw("VERDICT: 60", ', "content": "VERDICT: 90"'), raw("VERDICT: 60", ', "\\u0063ontent": "VERDICT: 90"')]
+    for number, answer in enumerate(twice):
+        with listening(lambda *_, answer=answer: answer) as world:
+            with Judge(settings(world.url, attempts=2), tmp_path / str(number)) as judge:
+                with pytest.raises(ModelError, match="no answer in 2 attempts; the last: the answer is no chat completion"):
+                    judge(["x"], ["a"], ["b"])
+    replies = ['{"verdict": 60}', "VERDICT\\\\u003a 60", "VERDICT: 60\\nVERDICT: 60"]
+    for number, reply in enumerate(replies):
+        with listening(lambda *_, reply=reply: raw(reply.replace('"', '\\"'))) as world:
+            with Judge(settings(world.url, tries=1), tmp_path / f"reply {number}") as judge:
+                assert judge.verdicts(["x"], ["a"], ["b"]).refused.keys() == {0}
 
 
 def test_one_question_that_the_server_refuses_does_not_stop_the_others(tmp_path):

@@ -82,6 +82,7 @@ BAD_LINES = (
     '{"event": "asked", "digest": "0", "tokens": 1.5}',
     '{"event": "answered", "digest": "0", "tokens": 1, "verdict": 1, "reply": "VERDICT: 100", "finish_reason": "stop"}',
     '{"event": "failed", "digest": [], "tokens": 1, "error": "x"}',
+    '{"event": "asked", "digest": "0", "tokens": 9, "\\u0074okens": 1}',
 )
 
 

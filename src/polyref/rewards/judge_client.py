@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from polyref.errors import ConfigError, ModelError, one_line
 from polyref.rewards.judge_settings import JudgeSettings
-from polyref.rewards.judge_transcript import Reply, Transcript
+from polyref.rewards.judge_transcript import Reply, Transcript, read_json
 from polyref.types import Message
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class JudgeClient:
         import httpx2
 
         self.settings, self._key = settings, _key(settings.key_variable)
+        self._spelt = _spellings(self._key)
         self._url = settings.base_url.rstrip("/") + "/chat/completions"
         self._turn, self._stop, self._not_before = threading.Lock(), threading.Event(), 0.0
         self.transcript = Transcript(transcript, max_requests=settings.max_requests, max_tokens=settings.max_tokens)
@@ -198,7 +199,7 @@ class JudgeClient:
     def _reply(self, answer: bytes, most: int) -> Reply:
         """The first choice of a chat completion; without a believable count of tokens, `most` are charged."""
         try:
-            document = json.loads(answer)
+            document = read_json(answer)
             choice = document["choices"][0]
             text, reason = choice["message"].get("content"), choice.get("finish_reason")
             tokens = (document.get("usage") or {}).get("total_tokens")
@@ -212,9 +213,8 @@ class JudgeClient:
         return one_line(self._hide(text), 200)
 
     def _hide(self, text: str) -> str:
-        """`text` without the key, bare or as a JSON string spells it."""
-        escaped = json.dumps(self._key)[1:-1]
-        return text.replace(escaped, "[key]").replace(self._key, "[key]") if self._key else text
+        """`text` without the key, bare or as a JSON string may spell it, itself perhaps within a string."""
+        return self._spelt.sub("[key]", text) if self._key else text
 
     def _backoff(self, digest: str, state: tenacity.RetryCallState) -> float:
         """first_wait 2^(n-1) s after attempt n; the digest takes off up to half, so that not all return together."""
@@ -234,6 +234,11 @@ def _key(variable: str | None) -> str:
     if not (key.isascii() and key.isprintable()):
         raise ConfigError("is no key: it holds characters that a header cannot", where=f"environment variable {variable}")
     return key
+
+
+def _spellings(key: str) -> re.Pattern[str]:
+    r"""What spells `key`: each character as itself, behind backslashes (\/), or as \u and its number; at most four deep."""
+    return re.compile("".join(rf"(?:\\{{0,4}}{re.escape(c)}|\\{{1,4}}u(?i:{ord(c):04x}))" for c in key))
 
 
 def _retry_after(header: str | None) -> float:

@@ -41,6 +41,18 @@ class Reply(NamedTuple):
     tokens: int
 
 
+def read_json(text: str | bytes) -> Any:
+    """The value that `text` spells, however its strings are escaped; ValueError where an object says a name twice."""
+
+    def distinct(members: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(members)
+        if len(found) < len(members):
+            raise ValueError("a name occurs twice in an object")
+        return found
+
+    return json.loads(text, object_pairs_hook=distinct)
+
+
 class Transcript:
     """The open transcript at `path`, held against other processes until `close`; its budget runs through all resumptions.
 
@@ -154,7 +166,7 @@ class Transcript:
         asked: dict[str, int] = {}
         for number, text in enumerate(content[:whole].splitlines(), 1):
             try:
-                self._replay(json.loads(text), asked)
+                self._replay(read_json(text), asked)
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 fix = "restore it, or name another transcript"
                 raise RunFolderError(
