@@ -15,6 +15,8 @@ from polyref.rewards.cross_fit import Comparison, cross_fit, prompt_folds
 from polyref.rewards.preference_model import NamedPreferences
 from polyref.types import PreferenceRecord
 
+SETTINGS = {"fit": "spy"}
+
 
 def some_records(prompts: int = 11, seed: int = 0) -> list[PreferenceRecord]:
     """Up to four pairs a prompt, those of a prompt not next to each other."""
@@ -37,12 +39,13 @@ class Spy:
 
     def __call__(self, records, fold):
         self.fitted.append(fold)
-        seen = {record.prompt for record in records}
+        seen = {prompt_key(record.prompt) for record in records}
         share = len(records) / 1000
 
         def model(prompts, first, second):
-            self.leaks += [prompt for prompt in prompts if prompt in seen]
-            return torch.tensor([0.5 + share if a < b else 0.5 - share for a, b in zip(first, second, strict=True)])
+            self.leaks += [prompt for prompt in prompts if prompt_key(prompt) in seen]
+            pairs = zip(map(prompt_key, first), map(prompt_key, second), strict=True)
+            return torch.tensor([0.5 + share if a < b else 0.5 - share for a, b in pairs])
 
         return NamedPreferences("spy", model)
 
@@ -87,7 +90,7 @@ def test_folds_depend_on_prompts_and_seed_alone():
 
 def test_a_killed_call_goes_on_where_it_was_and_ends_alike(tmp_path):
     records, spy = some_records(), Spy()
-    whole = cross_fit(records, spy, folds=4, seed=0, folder=tmp_path / "whole")
+    whole = cross_fit(records, spy, folds=4, seed=0, folder=tmp_path / "whole", settings=SETTINGS)
 
     class Killed(Spy):
         def __call__(self, records, fold):
@@ -97,23 +100,23 @@ def test_a_killed_call_goes_on_where_it_was_and_ends_alike(tmp_path):
 
     killed, resumed = Killed(), Spy()
     with pytest.raises(KeyboardInterrupt):
-        cross_fit(records, killed, folds=4, seed=0, folder=tmp_path / "run")
-    found = cross_fit(records, resumed, folds=4, seed=0, folder=tmp_path / "run")
+        cross_fit(records, killed, folds=4, seed=0, folder=tmp_path / "run", settings=SETTINGS)
+    found = cross_fit(records, resumed, folds=4, seed=0, folder=tmp_path / "run", settings=SETTINGS)
     assert (killed.fitted, resumed.fitted) == ([0, 1], [2, 3])
     assert torch.equal(found.probability, whole.probability) and torch.equal(found.fold, whole.fold)
     assert torch.equal(found.probability, cross_fit(records, Spy(), folds=4, seed=0).probability)
     for file in (tmp_path / "whole").rglob("*.json"):
         assert file.read_bytes() == (tmp_path / "run" / file.relative_to(tmp_path / "whole")).read_bytes()
     again = Spy()
-    cross_fit(records, again, folds=4, seed=0, folder=tmp_path / "run")
+    cross_fit(records, again, folds=4, seed=0, folder=tmp_path / "run", settings=SETTINGS)
     assert not again.fitted
 
 
 def test_a_torn_fold_is_fitted_again(tmp_path):
     records, spy = some_records(), Spy()
-    found = cross_fit(records, Spy(), folds=3, seed=0, folder=tmp_path)
+    found = cross_fit(records, Spy(), folds=3, seed=0, folder=tmp_path, settings=SETTINGS)
     (tmp_path / "stages" / "fold-1" / "probabilities.json").write_text(json.dumps([0.1]))
-    again = cross_fit(records, spy, folds=3, seed=0, folder=tmp_path)
+    again = cross_fit(records, spy, folds=3, seed=0, folder=tmp_path, settings=SETTINGS)
     assert spy.fitted == [1] and torch.equal(again.probability, found.probability)
 
 
@@ -134,6 +137,29 @@ def test_another_fit_does_not_take_over_a_folder(tmp_path, change, named):
     flipped = [*records[1:], PreferenceRecord(records[0].prompt, records[0].rejected, records[0].chosen)]
     with pytest.raises(RunFolderError, match="records"):
         cross_fit(flipped, Spy(), folder=tmp_path, **usual)
+
+
+def test_a_folder_without_settings_is_refused_before_anything_is_fitted(tmp_path):
+    spy = Spy()
+    for settings in (None, {}):
+        with pytest.raises(ConfigError, match="^cross_fit: a folder is given without settings, .*; name in settings what fit"):
+            cross_fit(some_records(), spy, folds=3, seed=0, folder=tmp_path / "run", settings=settings)
+    assert not spy.fitted and not (tmp_path / "run").exists()
+
+
+def test_equal_prompts_are_equal_to_a_folder_however_they_are_held(tmp_path):
+    """Messages as a tuple or a list, their keys in either order."""
+    usual = {"folds": 2, "seed": 0, "folder": tmp_path, "settings": {"learning_rate": 1}}
+
+    def asked(make):
+        records = [PreferenceRecord(make("user", p), make("assistant", "a"), make("assistant", "b")) for p in "xyz"]
+        return records, [Comparison(r.prompt, r.rejected, r.chosen) for r in records]
+
+    records, pairs = asked(lambda role, text: ({"role": role, "content": text},))
+    found = cross_fit(records, Spy(), pairs=pairs, **usual)
+    again, same = Spy(), asked(lambda role, text: [{"content": text, "role": role}])
+    assert torch.equal(cross_fit(same[0], again, pairs=same[1], **usual).probability, found.probability)
+    assert not again.fitted
 
 
 def test_too_few_folds_or_prompts_and_no_probability_are_refused():

@@ -61,11 +61,14 @@ def cross_fit(
 
     `pairs` may hold auxiliary pairs, of prompts in `records` or not. Folds are those of `prompt_folds`, which depend on the
     prompts and `seed` alone. One model is in memory at a time. With a `folder`, a run folder, each fold's probabilities are
-    kept when they are there: a killed call, made again, fits only the folds that are missing. `settings` then says what `fit`
-    depends on (model, learning rate, its seed), since a function cannot be compared with that of an earlier call.
-    Errors: those of `prompt_folds`; `ModelError` where a model gives no probability; `RunFolderError` where the folder holds
-    the work of other records, pairs, folds, seed or settings.
+    kept when they are there: a killed call, made again, fits only the folds that are missing. `settings` must then say what
+    `fit` depends on (model, learning rate, its seed), since a function cannot be compared with that of an earlier call.
+    Errors: those of `prompt_folds`; `ConfigError` for a folder without settings; `ModelError` where a model gives no
+    probability; `RunFolderError` where the folder holds the work of other records, pairs, folds, seed or settings.
     """
+    if folder is not None and not settings:
+        what = "a folder is given without settings, and a function cannot be compared with that of an earlier call"
+        raise ConfigError(what, where="cross_fit", fix="name in settings what fit depends on, as {'lr': 2e-5}")
     asked = [Comparison(r.prompt, r.chosen, r.rejected) for r in records] if pairs is None else list(pairs)
     of_prompt = prompt_folds(records, [pair.prompt for pair in asked], folds=folds, seed=seed)
     fold = torch.tensor([of_prompt[prompt_key(pair.prompt)] for pair in asked], dtype=torch.long)
@@ -80,8 +83,8 @@ def cross_fit(
 
     rows_of = {number: (fold == number).nonzero()[:, 0].tolist() for number in range(folds)}
     config = {
-        "records": content_digest([record_to_row(record) for record in records]),
-        "pairs": content_digest([[prompt_key(text) for text in pair] for pair in asked]),
+        "records": content_digest([_keyed(record_to_row(record)) for record in records]),
+        "pairs": content_digest([_keyed(pair._asdict()) for pair in asked]),
         "folds": folds,
         "seed": seed,
         "settings": dict(settings or {}),
@@ -113,6 +116,12 @@ def prompt_folds(records: Sequence[PreferenceRecord], prompts: Sequence[Text] = 
         filled[found[prompt]] += sizes[prompt]
     others = {prompt_key(prompt): 0 for prompt in prompts if prompt_key(prompt) not in sizes}
     return found | {prompt: index % folds for index, prompt in enumerate(_shuffled(others, seed))}
+
+
+def _keyed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`row` with texts by their `prompt_key`, as folds are: messages in a list or a tuple are the same ones."""
+    texts = {"prompt", "chosen", "rejected", *Comparison._fields}
+    return {name: prompt_key(value) if name in texts else value for name, value in row.items()}
 
 
 def _shuffled(prompts: Mapping[str, int], seed: int) -> list[str]:
