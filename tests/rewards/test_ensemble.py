@@ -215,3 +215,9 @@ def test_reward_models_have_all_that_is_needed(tmp_path: Path, tiny_tokenizer: P
     torch.testing.assert_close(bold, models[0](prompts, completions), rtol=0, atol=0)
     torch.testing.assert_close(bold - careful, fit.uncertainty(prompts, completions), rtol=1e-12, atol=1e-12)
     assert (bold > careful).all()
+    with counted_calls(LlamaForSequenceClassification) as calls:
+        models[0](prompts, completions)
+        once = len(calls)
+        moments = fit.moments(prompts, completions)
+        assert len(calls) == 2 * once, "one pass for rewards and features"
+    assert torch.equal(moments.mean, bold) and torch.equal(moments.std, fit.uncertainty(prompts, completions))

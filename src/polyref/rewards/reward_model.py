@@ -121,6 +121,11 @@ class RewardModel:
         """What the score head reads: (N, d) float64 on the CPU; a reward is the head's weight times this, and its bias."""
         return self._score(prompts, completions)[1]
 
+    def with_features(self, prompts: Sequence[Text], completions: Sequence[Text]) -> tuple[Tensor, Tensor]:
+        """Rewards and `features`, (N,) and (N, d), from one pass through the model."""
+        values, phi = self._score(prompts, completions)
+        return check_rewards(values, len(prompts), self.name), phi
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """32 hexadecimal digits: of weights, padding token, tokenizer and cut, which with the text decide a reward."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from polyref.errors import ConfigError, ModelError
 from polyref.rewards.pessimism import Moments
 from polyref.rewards.protocols import Reward, check_rewards, check_rows
+from polyref.rewards.reward_model import RewardModel
 from polyref.types import Text
 
 
@@ -105,8 +106,11 @@ class FeatureUncertainty:
         return inverse_norm(_features(self.reward, prompts, completions), self.nu, self.matrix)
 
     def moments(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Moments:
-        """The reward and its uncertainty."""
-        return Moments(self(prompts, completions), self.uncertainty(prompts, completions))
+        """The reward and its uncertainty; the model runs once for both where the reward is a `RewardModel`."""
+        if not isinstance(self.reward, RewardModel):
+            return Moments(self(prompts, completions), self.uncertainty(prompts, completions))
+        rewards, phi = self.reward.with_features(prompts, completions)
+        return Moments(rewards, inverse_norm(_checked(phi, len(rewards), self.name), self.nu, self.matrix))
 
     @functools.cached_property
     def fingerprint(self) -> str | None:
@@ -120,13 +124,15 @@ class FeatureUncertainty:
 
 def _features(reward: FeatureReward, prompts: Sequence[Text], completions: Sequence[Text]) -> Tensor:
     rows = check_rows(reward.name, prompts, completions)
-    phi = reward.features(prompts, completions).detach().cpu().to(torch.float64)
+    return _checked(reward.features(prompts, completions), rows, reward.name)
+
+
+def _checked(features: Tensor, rows: int, who: str) -> Tensor:
+    phi = features.detach().cpu().to(torch.float64)
     if phi.dim() != 2 or len(phi) != rows:
-        raise ModelError(
-            f"gave features of shape {tuple(phi.shape)} for {rows} rows", where=reward.name, fix="give one row each"
-        )
+        raise ModelError(f"gave features of shape {tuple(phi.shape)} for {rows} rows", where=who, fix="give one row each")
     bad = (~phi.isfinite().all(-1)).nonzero()
     if len(bad):
         fix = "score in float32 or check the model's weights"
-        raise ModelError("gave a feature that is not finite", where=f"{reward.name}, row {int(bad[0]) + 1}", fix=fix)
+        raise ModelError("gave a feature that is not finite", where=f"{who}, row {int(bad[0]) + 1}", fix=fix)
     return phi
