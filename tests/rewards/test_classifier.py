@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaForSequenceClassification
 
-from fakes import saved_llama, saved_lora, tiny_llama
+from fakes import byte_tokenizer, saved_gguf, saved_llama, saved_lora, tiny_llama
 from polyref.errors import ModelError
 from polyref.rewards.classifier import fresh_classifier, is_adapter, load_adapted_classifier, load_classifier
 from polyref.scoring.models import ModelSource
@@ -94,7 +94,7 @@ def test_other_models_are_refused_in_one_line(tmp_path, tiny_tokenizer):
         assert "\n" not in str(refused.value)
     with pytest.raises(ModelError, match="GGUF"):
         (tmp_path / "decoder" / "x.gguf").touch()
-        fresh_classifier(ModelSource(str(tmp_path / "decoder"), gguf_file="x.gguf"), seed=0)
+        load_classifier(ModelSource(str(tmp_path / "decoder"), gguf_file="x.gguf"))
 
 
 def test_a_base_that_lacks_more_than_its_head_is_refused(tmp_path, tiny_tokenizer):
@@ -128,3 +128,16 @@ def test_an_adapter_without_the_pooler_that_its_base_lacks_is_refused(tmp_path):
     with pytest.raises(ModelError, match=words) as refused:
         load_adapted_classifier(str(tmp_path / "adapter"))
     assert "\n" not in str(refused.value)
+
+
+def test_a_gguf_file_gives_its_base_and_the_head_that_the_seed_draws(tmp_path):
+    tokenizer = byte_tokenizer([("e", "s")])
+    base = tiny_llama(tokenizer)
+    file = saved_gguf(tmp_path / "tiny.gguf", tokenizer, base)
+    first, again, other = (fresh_classifier(ModelSource(str(tmp_path), file.name), seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.score.weight, again.score.weight) and not torch.equal(first.score.weight, other.score.weight)
+    for name, weight in base.model.state_dict().items():
+        torch.testing.assert_close(first.model.state_dict()[name], weight)
+    first.save_pretrained(tmp_path / "whole")
+    whole = load_classifier(ModelSource(str(tmp_path / "whole")))
+    assert all(torch.equal(weight, whole.state_dict()[name]) for name, weight in first.state_dict().items())

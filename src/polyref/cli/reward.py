@@ -29,6 +29,7 @@ from polyref.scoring.models import ModelSource
 from polyref.training.reward_config import RewardConfig
 
 if TYPE_CHECKING:
+    from polyref.rewards.reward_settings import RewardModelSettings
     from polyref.stages import RunFolder, Stage
     from polyref.types import PreferenceRecord
 
@@ -43,6 +44,7 @@ class RewardSettings:
 
     Args:
         model: hub id or folder of a language model, which gets a fresh score head, or of a reward model to go on from.
+        gguf_file: a GGUF file inside model, dequantised on loading.
         dtype: of the model's weights.
         revision: revision of a hub model.
         trust_remote_code: run code that comes with the model.
@@ -51,6 +53,7 @@ class RewardSettings:
     """
 
     model: str
+    gguf_file: str | None = None
     dtype: str = "float32"
     revision: str | None = None
     trust_remote_code: bool = False
@@ -60,7 +63,7 @@ class RewardSettings:
     @property
     def source(self) -> ModelSource:
         """Where its weights come from."""
-        return ModelSource(self.model, None, self.dtype, self.revision, self.trust_remote_code)
+        return ModelSource(self.model, self.gguf_file, self.dtype, self.revision, self.trust_remote_code)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -128,6 +131,7 @@ def _train_in(
     from polyref.cli.progress import Meter, TrainingProgress
     from polyref.cli.settings import peft_config
     from polyref.rewards.classifier import fresh_classifier
+    from polyref.rewards.reward_settings import write_reward_settings
     from polyref.scoring.models import load_tokenizer
     from polyref.training.checkpoints import save_policy
     from polyref.training.evaluate import calibration_report
@@ -148,11 +152,28 @@ def _train_in(
         course = train_and_evaluate(folder, stage, inputs, trainer, held_out=bool(held_out))
         save_policy(trainer.model, tokenizer, folder.path / "model", merge_adapter=reward.merge_adapter)
     evaluated: Any = trainer.eval_dataset
+    calibration = calibration_report(course["after"], evaluated, seed=args.seed) if held_out else None
+    write_reward_settings(folder.path / "model", _read_with(reward, args, calibration))
     return {
         "loss_type": args.loss_type,
         "center_rewards_coefficient": args.center_rewards_coefficient,
         "max_length": args.max_length,
         "train_pairs": len(trainer.train_dataset),
         **course,
-        "calibration": calibration_report(course["after"], evaluated, seed=args.seed) if held_out else None,
+        "calibration": calibration,
     }
+
+
+def _read_with(reward: RewardSettings, args: RewardConfig, calibration: dict[str, Any] | None) -> RewardModelSettings:
+    """What the written model is to be read with; an adapter keeps the GGUF file of its base."""
+    from polyref.rewards.reward_settings import RewardModelSettings
+
+    adapter = reward.lora is not None and not reward.merge_adapter
+    return RewardModelSettings(
+        reward.dtype,
+        args.max_length,
+        args.truncation_mode,
+        args.prompt_format,
+        calibration and calibration["temperature"],
+        reward.gguf_file if adapter else None,
+    )

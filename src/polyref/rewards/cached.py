@@ -80,6 +80,12 @@ class CachedReward:
         self.hits += len(first) - (self.misses - before)
         return check_rewards([found[key].reward for key in keys], rows, self.name)
 
+    @property
+    def temperature(self) -> float | None:
+        """What a reward model's differences are best divided by, where it is known."""
+        known: float | None = getattr(self.reward, "temperature", None)
+        return known
+
     def _score(
         self, rows: Sequence[int], keys: Sequence[bytes], prompts: Sequence[Text], completions: Sequence[Text]
     ) -> dict[bytes, StoredReward]:

@@ -20,6 +20,7 @@ from polyref.scoring.models import (
     check_config,
     load_config,
     loading_errors,
+    make_serialisable,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ _FIX = "give a sequence-classification model that was trained with num_labels=1"
 
 def load_classifier(source: ModelSource) -> PreTrainedModel:
     """The trained classifier at `source`, in evaluation mode on the CPU. ModelError unless it is whole and has one logit."""
+    if source.gguf_file is not None:
+        raise ModelError("a GGUF file holds no score head", where=source.model, fix=_FIX)
     config = _text_config(source)
     if not any("ForSequenceClassification" in name for name in config.architectures or ()):
         what = f"is {', '.join(config.architectures or ()) or 'of no stated architecture'}, which has no score head"
@@ -43,11 +46,14 @@ def load_classifier(source: ModelSource) -> PreTrainedModel:
     return model
 
 
-def load_adapted_classifier(adapter: str, dtype: str = "float32", *, base: ModelSource | None = None) -> nn.Module:
+def load_adapted_classifier(
+    adapter: str, dtype: str = "float32", *, base: ModelSource | None = None, gguf_file: str | None = None
+) -> nn.Module:
     """The classifier that PEFT saved as an adapter with its head in folder or hub id `adapter`, frozen.
 
-    It is put on `base`, by default the model that it names, in `dtype`. ModelError where the base is gone, or the adapter is of
-    another model, of another task, or came without its score head or another part that its base lacks.
+    It is put on `base`, by default the model that it names (or `gguf_file` in it), in `dtype`. ModelError where the base is
+    gone, or the adapter is of another model, of another task, or came without its score head or another part that its base
+    lacks.
     """
     from peft import PeftConfig
 
@@ -58,7 +64,7 @@ def load_adapted_classifier(adapter: str, dtype: str = "float32", *, base: Model
     if not (base or named) or config.task_type != "SEQ_CLS" or not getattr(config, "modules_to_save", None):
         fix = "give an adapter of task SEQ_CLS, with the score head in modules_to_save"
         raise ModelError("this adapter brings no score head", where=adapter, fix=fix)
-    source = base or ModelSource(named, dtype=dtype)
+    source = base or ModelSource(named, gguf_file, dtype)
     model, drawn = _drawn_classifier(source, seed=0)
     wrapped: nn.Module = attach_adapter(model, adapter).eval()
     if lost := sorted(set(drawn) - adapter_tensors(adapter)):
@@ -86,7 +92,7 @@ def with_head(peft_config: Any, model: nn.Module) -> Any:
 def fresh_classifier(source: ModelSource, *, seed: int) -> PreTrainedModel:
     """The base model at `source` with a head of one logit drawn from `seed`, or its own if it has such a one already.
 
-    ModelError for a classifier with another head, and for a model that is not whole.
+    A GGUF file has none. ModelError for a classifier with another head, and for a model that is not whole.
     """
     return _drawn_classifier(source, seed=seed)[0]
 
@@ -103,8 +109,6 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def _text_config(source: ModelSource) -> Any:
-    if source.gguf_file is not None:
-        raise ModelError("a GGUF file holds no score head", where=source.model, fix=_FIX)
     config = load_config(source)
     check_config(config, source.model)
     return config
@@ -132,9 +136,12 @@ def _load(source: ModelSource, **changes: Any) -> tuple[PreTrainedModel, list[st
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code, "use_safetensors": True}
+    options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    options |= {"use_safetensors": True} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     with loading_errors(source, "model"):
         model, told = AutoModelForSequenceClassification.from_pretrained(
             source.model, dtype=getattr(torch, source.dtype), output_loading_info=True, **options, **changes
         )
+    if source.gguf_file is not None:
+        make_serialisable(model)
     return model.eval(), sorted(told["missing_keys"])

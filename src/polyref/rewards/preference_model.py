@@ -39,19 +39,22 @@ def probability_of(log_odds: Tensor) -> Tensor:
     return torch.where(wide >= 0, larger, 1 - larger)
 
 
-def from_reward(reward: Reward, temperature: float = 1.0, name: str | None = None) -> PreferenceModel:
+def from_reward(reward: Reward, temperature: float | None = None, name: str | None = None) -> PreferenceModel:
     """g = s((r(x, y1) - r(x, y2))/T), Bradley-Terry in `reward`, whose units `temperature` T > 0 has.
 
-    T is 1 for a reward fitted to preferences; a larger one makes an overconfident reward less sure. Infinitely sure is no T:
-    ConfigError. Each call asks `reward` for both completions of every row at once.
+    T is by default the `temperature` that a reward model was calibrated with, through a cache too, and 1 for any other reward;
+    a larger one makes an overconfident reward less sure. Infinitely sure is no T: ConfigError. Each call asks `reward` for both
+    completions of every row at once.
     """
-    if not 0 < temperature < float("inf"):
-        raise ConfigError(f"temperature is {temperature}", where="from_reward", fix="give a number above 0")
+    known: float | None = getattr(reward, "temperature", None)
+    divisor = temperature if temperature is not None else 1.0 if known is None else known
+    if not 0 < divisor < float("inf"):
+        raise ConfigError(f"temperature is {divisor}", where="from_reward", fix="give a number above 0")
 
     def preferences(prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]) -> Tensor:
         both = reward([*prompts, *prompts], [*first, *second])
         of_first, of_second = check_rewards(both, 2 * len(prompts), reward.name).chunk(2) if len(prompts) else (both, both)
-        return probability_of((of_first - of_second) / temperature)
+        return probability_of((of_first - of_second) / divisor)
 
     return NamedPreferences(name or f"difference of {reward.name}", preferences)
 

@@ -8,18 +8,19 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from polyref.data.collate import Item, collate, grouped_batches, row_length
+from polyref.data.records import to_messages
 from polyref.data.tokenize import tokenize_records, tokenizer_fingerprint
-from polyref.data.truncate import check_truncation
 from polyref.errors import DataError
 from polyref.references.score import check_fit
 from polyref.rewards.classifier import is_adapter, load_adapted_classifier, load_classifier
 from polyref.rewards.protocols import check_rewards, check_rows
+from polyref.rewards.reward_settings import RewardModelSettings, read_reward_settings
 from polyref.scoring.logprobs import causal_lm, to_device
 from polyref.scoring.models import ModelSource, default_device, load_tokenizer, loading_errors, module_fingerprint
 from polyref.scoring.score_head import padding_token, probe_rewards, rewards_and_features, score_head, settle_padding
@@ -49,6 +50,9 @@ class RewardModel:
         max_length: cut prompt + completion to so many tokens; by default nothing is cut, and what the model's context cannot
             hold is refused.
         truncation_mode: keep_start cuts the end of the completion, keep_end the start of the prompt.
+        prompt_format: "chat" reads a prompt and completion that are strings as one user and one assistant turn, "transcript" as
+            Human/Assistant turns, "as_is" as raw text.
+        temperature: what differences of reward are best divided by, where that is known: `from_reward` does.
         batch_size: prompts in one forward pass.
         device: by default the accelerator, if there is one.
 
@@ -63,16 +67,19 @@ class RewardModel:
         name: str = "reward model",
         max_length: int | None = None,
         truncation_mode: str = "keep_start",
+        prompt_format: str = "as_is",
+        temperature: float | None = None,
         batch_size: int = 8,
         device: torch.device | str | None = None,
     ) -> None:
-        check_truncation(max_length, truncation_mode)
+        RewardModelSettings("float32", max_length, truncation_mode, prompt_format, temperature)  # refuses what cannot be
         score_head(model, name)
         settle_padding(model, tokenizer, name)
         self.device = torch.device(device) if device is not None else default_device()
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer, self.name, self.batch_size = tokenizer, name, batch_size
         self.max_length, self.truncation_mode = max_length, truncation_mode
+        self.prompt_format, self.temperature = prompt_format, temperature
         self.plan = probe_rewards(self.model, row_limit=max_length)
 
     @classmethod
@@ -82,33 +89,41 @@ class RewardModel:
         *,
         adapter: str | Path | None = None,
         tokenizer: str | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         name: str | None = None,
-        max_length: int | None = None,
-        truncation_mode: str = "keep_start",
+        max_length: int | None | Literal["saved"] = "saved",
+        truncation_mode: str | None = None,
+        prompt_format: str | None = None,
+        temperature: float | None | Literal["saved"] = "saved",
         batch_size: int = 8,
         device: torch.device | str | None = None,
     ) -> Self:
         """The reward model at hub id or folder `model`: a whole classifier, or a PEFT adapter saved with its score head.
 
         `adapter` names such an adapter where `model` is its base; an adapter given as `model` is put on the base it names. The
-        tokenizer is the one beside the weights, unless `tokenizer` names another. ModelError says in one line what is wrong.
+        tokenizer is the one beside the weights, unless `tokenizer` names another. dtype, max_length, truncation_mode,
+        prompt_format and temperature are those that `polyref reward` left beside the weights (`read_reward_settings`), unless
+        given; where it left none, float32 and the defaults of `RewardModel`. ModelError says in one line what is wrong.
         """
-        source = ModelSource(str(model), None, dtype, revision, trust_remote_code)
         saved = adapter if adapter is not None else model if is_adapter(model) else None
+        kept = read_reward_settings(*((model, revision) if saved is None else (saved,))) or RewardModelSettings()
+        source = ModelSource(str(model), None, dtype or kept.dtype, revision, trust_remote_code)
         if saved is None:
             network: nn.Module = load_classifier(source)
         else:
-            network = load_adapted_classifier(str(saved), dtype, base=source if adapter is not None else None)
+            base = source if adapter is not None else None
+            network = load_adapted_classifier(str(saved), source.dtype, base=base, gguf_file=kept.gguf_file)
         words = load_tokenizer(replace(source, model=tokenizer)) if tokenizer else _tokenizer_beside(saved, source, network)
         return cls(
             network,
             words,
             name=name or Path(str(saved if saved is not None else model)).name,
-            max_length=max_length,
-            truncation_mode=truncation_mode,
+            max_length=kept.max_length if max_length == "saved" else max_length,
+            truncation_mode=truncation_mode or kept.truncation_mode,
+            prompt_format=prompt_format or kept.prompt_format,
+            temperature=kept.temperature if temperature == "saved" else temperature,
             batch_size=batch_size,
             device=device,
         )
@@ -128,9 +143,10 @@ class RewardModel:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits: of weights, padding token, tokenizer and cut, which with the text decide a reward."""
+        """32 hexadecimal digits: of weights, padding token, tokenizer, cut and format, which with the text decide a reward."""
         network = [module_fingerprint(self.model), padding_token(self.model)]  # the head is read at the last token but padding
-        return content_digest([*network, tokenizer_fingerprint(self.tokenizer), self.max_length, self.truncation_mode])
+        text = [tokenizer_fingerprint(self.tokenizer), self.max_length, self.truncation_mode, self.prompt_format]
+        return content_digest([*network, *text])
 
     @torch.no_grad()
     def _score(self, prompts: Sequence[Text], completions: Sequence[Text]) -> tuple[Tensor, Tensor]:
@@ -146,7 +162,7 @@ class RewardModel:
     def _tokens(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[TokenizedPair]:
         """Each row as the pair of its completion with itself, so that where the prompt ends is its own affair."""
         rows = zip(prompts, completions, strict=True)
-        records = [PreferenceRecord(x, y, y, source=self.name, row=i) for i, (x, y) in enumerate(rows, 1)]
+        records = [self._record(x, y, i) for i, (x, y) in enumerate(rows, 1)]
         data = tokenize_records(records, self.tokenizer, max_length=self.max_length, truncation_mode=self.truncation_mode)
         if data.report.dropped_rows:
             _, row = data.report.dropped_rows[0]
@@ -156,6 +172,11 @@ class RewardModel:
             logger.warning("%s: %d completions were cut, to %s tokens with their prompt", self.name, cut, self.max_length)
         check_fit(causal_lm(self.model).config, data.pairs, data.records, self.name)
         return data.pairs
+
+    def _record(self, prompt: Text, completion: Text, row: int) -> PreferenceRecord:
+        record = PreferenceRecord(prompt, completion, completion, source=self.name, row=row)
+        plain = isinstance(prompt, str) and isinstance(completion, str)
+        return to_messages(record, self.prompt_format) if plain else record
 
     def _batches(self, pairs: Sequence[TokenizedPair]) -> Iterator[tuple[list[int], TokenBatch]]:
         """Row numbers and their completions, at most `_AT_ONCE` of one prompt in a row of the batch."""
