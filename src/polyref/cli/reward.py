@@ -174,6 +174,6 @@ def _read_with(reward: RewardSettings, args: RewardConfig, calibration: dict[str
         args.max_length,
         args.truncation_mode,
         args.prompt_format,
-        calibration and calibration["temperature"],
+        calibration["temperature"] if calibration is not None else None,
         reward.gguf_file if adapter else None,
     )
