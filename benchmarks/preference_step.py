@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import tempfile
 import time
-from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from conductor import begin, conditions, expect, keep, take_turns
 
 CONTESTANTS = ("polyref", "trl_precomputed", "trl_in_memory")
 PROMPT_TOKENS, COMPLETION_TOKENS = 256, 128
@@ -31,28 +30,11 @@ RESULTS = Path(__file__).parent / "results" / "preference_step.json"
 
 def main() -> None:
     arguments = parse_arguments()
-    context = multiprocessing.get_context("spawn")
     workers = {}
     for name in arguments.contestants:
-        here, there = context.Pipe()
-        process = context.Process(target=work, args=(name, there, arguments), daemon=True)
-        process.start()
-        workers[name] = (process, here)
-        print(f"{name}: {expect(here, 'ready')}", flush=True)
-    timings: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
-    for step in range(arguments.warmup + arguments.steps):
-        for name, (_, connection) in workers.items():
-            connection.send("go")
-            timing = expect(connection, "step")
-            if step >= arguments.warmup:
-                timings[name].append(timing)
-        latest = {name: round(t[-1]["seconds"], 2) for name, t in timings.items() if t}
-        print(f"step {step + 1} of {arguments.warmup + arguments.steps}: {latest}", flush=True)
-    finals = {}
-    for name, (process, connection) in workers.items():
-        connection.send("stop")
-        finals[name] = expect(connection, "final")
-        process.join(60)
+        workers[name] = begin(work, name, arguments)
+        print(f"{name}: {expect(workers[name][1], 'ready')}", flush=True)
+    timings, finals = take_turns(workers, arguments)
     report(arguments, timings, finals)
 
 
@@ -67,15 +49,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
     return parser.parse_args()
-
-
-def expect(connection: Connection, kind: str) -> Any:
-    if not connection.poll(3600):
-        raise SystemExit(f"a worker was silent for an hour while {kind} was awaited")
-    got, value = connection.recv()
-    if got != kind:
-        raise SystemExit(f"a worker failed: {value}")
-    return value
 
 
 def work(name: str, connection: Connection, arguments: argparse.Namespace) -> None:
@@ -263,13 +236,7 @@ def report(arguments: argparse.Namespace, timings: dict[str, list[dict[str, floa
         }
     result: dict[str, Any] = {
         "command": "python benchmarks/preference_step.py --model SmolLM2-135M-Instruct",
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": arguments.threads,
-        },
-        "versions": {p: metadata.version(p) for p in ("torch", "transformers", "trl", "polyref")}
-        | {"python": platform.python_version()},
+        **conditions(arguments.threads, "torch", "transformers", "trl", "polyref"),
         "pairs": arguments.pairs,
         "batch_size": arguments.batch_size,
         "steps": arguments.steps,
@@ -294,8 +261,7 @@ def report(arguments: argparse.Namespace, timings: dict[str, list[dict[str, floa
             for name, row in rows.items()
             if name != "polyref"
         }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    keep(result, RESULTS)
     print(json.dumps(result, indent=2))
 
 

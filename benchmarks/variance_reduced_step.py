@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import platform
 import random
 import statistics
 import tempfile
-from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from preference_step import COMPLETION_TOKENS, PROMPT_TOKENS, common, conduct, expect, load_rows
+from conductor import begin, conditions, expect, keep, take_turns
+from preference_step import COMPLETION_TOKENS, PROMPT_TOKENS, common, conduct, load_rows
 
 CONTESTANTS = ("shared", "concatenated")
 RESULTS = Path(__file__).parent / "results" / "variance_reduced_step.json"
@@ -36,34 +34,18 @@ TOLERANCE = 1e-3
 
 def main() -> None:
     arguments = parse_arguments()
-    context = multiprocessing.get_context("spawn")
     workers = {}
     losses: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as cache:
         for name in CONTESTANTS:
-            here, there = context.Pipe()
-            process = context.Process(target=work, args=(name, there, arguments, cache), daemon=True)
-            process.start()
-            workers[name] = (process, here)
-            losses[name] = expect(here, "loss")
-            print(f"{name}: {expect(here, 'ready')}, loss of the first batch {losses[name]:.6f}", flush=True)
+            workers[name] = begin(work, name, arguments, cache)
+            connection = workers[name][1]
+            losses[name] = expect(connection, "loss")
+            print(f"{name}: {expect(connection, 'ready')}, loss of the first batch {losses[name]:.6f}", flush=True)
         gap = abs(losses["shared"] - losses["concatenated"])
         if gap > TOLERANCE * abs(losses["concatenated"]):
             raise SystemExit(f"the contestants do not compute the same loss: {losses}")
-        timings: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
-        for step in range(arguments.warmup + arguments.steps):
-            for name, (_, connection) in workers.items():
-                connection.send("go")
-                timing = expect(connection, "step")
-                if step >= arguments.warmup:
-                    timings[name].append(timing)
-            latest = {name: round(t[-1]["seconds"], 2) for name, t in timings.items() if t}
-            print(f"step {step + 1} of {arguments.warmup + arguments.steps}: {latest}", flush=True)
-        finals = {}
-        for name, (process, connection) in workers.items():
-            connection.send("stop")
-            finals[name] = expect(connection, "final")
-            process.join(60)
+        timings, finals = take_turns(workers, arguments)
     report(arguments, timings, finals, losses)
 
 
@@ -182,13 +164,7 @@ def report(
     low, middle, high = statistics.quantiles(in_turn, n=4)
     result = {
         "command": f"python benchmarks/variance_reduced_step.py --model {Path(arguments.model).name}",
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": arguments.threads,
-        },
-        "versions": {p: metadata.version(p) for p in ("torch", "transformers", "polyref")}
-        | {"python": platform.python_version()},
+        **conditions(arguments.threads, "torch", "transformers", "polyref"),
         "pairs": arguments.pairs,
         "auxiliary_pairs": arguments.auxiliary_pairs,
         "batch_size": arguments.batch_size,
@@ -201,8 +177,7 @@ def report(
             "memory": ours["peak_mib"] / theirs["peak_mib"],
         },
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    keep(result, RESULTS)
     print(json.dumps(result, indent=2))
 
 

@@ -10,6 +10,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from cli_world import World, assert_refused, some_rows, table
+from fakes import auxiliary_columns, pair_rows
 from polyref.cli import training_run
 from polyref.report.reward import write_reward_page
 from polyref.rewards.reward_model import RewardModel
@@ -48,6 +49,20 @@ def test_a_run_leaves_a_reward_model_its_numbers_and_its_page(lora: Any, world: 
     assert any("rewards/margins" in line for line in lines)
     before = outputs(run)
     assert world.run(words).code == 0 and outputs(run) == before, "a complete run is not done again"
+
+
+def test_beside_an_auxiliary_model_a_run_says_so_and_shows_what_it_gains(world: World) -> None:
+    world.pairs(*pair_rows(8, **auxiliary_columns(3)))
+    held_out = world.pairs(*pair_rows(4), name="held_out.jsonl")
+    settings = {"objective": "variance_reduced", "control_coefficient": "optimal", "eval_data": held_out, "logging_steps": 1}
+    outcome = world.run(world.reward(**settings))
+    assert outcome.code == 0, outcome.err
+    summary, run = summary_of(world), world.path / "run"
+    assert (summary["objective"], summary["auxiliary_pairs"], summary["after"]["pairs"]) == ("variance_reduced", 3, 4)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all({"vr/data", "vr/factor", "vr/loss_variance"} <= line.keys() for line in lines if "loss" in line)
+    page = (run / "report.html").read_text()
+    assert "Variance of the plain loss over that of the loss" in page and "variance_reduced" in page
 
 
 def test_without_held_out_pairs_there_is_no_calibration(world: World) -> None:
@@ -102,6 +117,12 @@ def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_unbroken_one(world: Wor
     {
         "negative centring": ({"center_rewards_coefficient": -1}, "center_rewards_coefficient is -1", "at least 0"),
         "unknown loss": ({"loss_type": "mystery"}, "loss_type", "see polyref reward --help"),
+        "no auxiliary columns": (
+            {"objective": "variance_reduced"},
+            "row 1, column auxiliary_1: is missing, and objective variance_reduced needs it",
+        ),
+        "doubly robust": ({"objective": "doubly_robust"}, "objective", "see polyref reward --help"),
+        "control of nothing": ({"control_coefficient": 0.5}, "control_coefficient has no effect with objective plain"),
         "no such model": ({"model": "./absent"}, "no such folder", "hub id or a folder"),
         "too short": ({"max_length": 4}, "within 4 tokens", "raise max_length"),
         "too many layers": ({"lora": {"last_layers": 9}}, "the model has 2 layers", "give at most 2"),

@@ -130,6 +130,7 @@ def _train_in(
     """Evaluate, train from the newest checkpoint, evaluate again, calibrate, and write the model."""
     from polyref.cli.progress import Meter, TrainingProgress
     from polyref.cli.settings import peft_config
+    from polyref.data.auxiliary import auxiliary_pairs
     from polyref.rewards.classifier import fresh_classifier
     from polyref.rewards.reward_settings import write_reward_settings
     from polyref.scoring.models import load_tokenizer
@@ -154,8 +155,10 @@ def _train_in(
     evaluated: Any = trainer.eval_dataset
     calibration = calibration_report(course["after"], evaluated, seed=args.seed) if held_out else None
     write_reward_settings(folder.path / "model", _read_with(reward, args, calibration))
+    drawn = auxiliary_pairs(trainer.train_dataset.pairs[0].record)
     return {
         "loss_type": args.loss_type,
+        **({"objective": args.objective, "auxiliary_pairs": drawn} if args.objective != "plain" else {}),
         "center_rewards_coefficient": args.center_rewards_coefficient,
         "max_length": args.max_length,
         "train_pairs": len(trainer.train_dataset),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyref.report.figures import Line, line_chart
+from polyref.report.figures import Figure, Line, line_chart
 from polyref.report.page import KeyNumber, Section, Table, write_page
 from polyref.report.training import certainty, curve_chart, estimate, evidence
 
@@ -102,14 +102,16 @@ def _curves(metrics: Sequence[Row]) -> Section:
     rows = [row for row in metrics if "rewards/margins" in row]
     if not rows:
         return Section("Training curves")
-    charts = (
+    charts: tuple[Figure, ...] = (
         curve_chart(rows, "Loss", "nats", loss="loss"),
         curve_chart(rows, "Rewards", "reward", chosen="rewards/chosen", rejected="rewards/rejected"),
     )
+    if any("vr/factor" in row for row in rows):
+        charts += (curve_chart(rows, "Variance of the plain loss over that of the loss", "ratio", factor="vr/factor"),)
     return Section("Training curves", ("Means over the training pairs since the point before.",), figures=charts)
 
 
 def _setting(summary: Row) -> Section:
-    names = ("model", "loss_type", "center_rewards_coefficient", "max_length", "train_pairs")
-    settings = [[name, str(summary[name])] for name in names]
+    names = ("model", "loss_type", "objective", "auxiliary_pairs", "center_rewards_coefficient", "max_length", "train_pairs")
+    settings = [[name, str(summary[name])] for name in names if name in summary]
     return Section("How it was made", tables=(Table(("setting", "value"), settings),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -42,6 +43,15 @@ def check_arguments(args: Any, counts: Sequence[str] = COUNTS) -> None:
             raise ConfigError(f"{name} has no effect here", fix=instead)
     if args.remove_unused_columns:
         raise ConfigError("remove_unused_columns is true", fix="leave it false: the trainer makes its own columns")
+
+
+def check_control(control: float | str, objective: str) -> None:
+    """ConfigError for a control coefficient that is none, or that `objective` would ignore."""
+    if control != "optimal" and (isinstance(control, str) or not 0 <= control < math.inf):
+        raise ConfigError(f"control_coefficient is {control!r}", fix="give a number of at least 0, or optimal")
+    if control != 1.0 and objective != "variance_reduced":
+        what = f"control_coefficient has no effect with objective {objective}"
+        raise ConfigError(what, fix="set objective to variance_reduced")
 
 
 def finish_arguments(args: Any, finish: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from polyref.errors import ConfigError
 from polyref.objectives.pairwise import PairLoss, pair_loss
-from polyref.training.arguments import COUNTS, check_arguments, finish_arguments
+from polyref.training.arguments import COUNTS, check_arguments, check_control, finish_arguments
 from polyref.training.step_objective import OBJECTIVES, StepObjective
 
 LossType = Literal["sigmoid", "hinge", "ipo", "smoothed", "robust"]
@@ -114,17 +114,13 @@ class PreferenceConfig(TrainingArguments):
         """An option that the objective would ignore is refused, as is a combination that has no meaning."""
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"unknown objective {self.objective!r}", fix=f"use one of {', '.join(OBJECTIVES)}")
-        control, clip = self.control_coefficient, self.importance_clip
-        if control != "optimal" and (isinstance(control, str) or not 0 <= control < math.inf):
-            raise ConfigError(f"control_coefficient is {control!r}", fix="give a number of at least 0, or optimal")
+        check_control(self.control_coefficient, self.objective)
+        clip = self.importance_clip
         if clip is not None and not 0 < clip < math.inf:
             raise ConfigError(f"importance_clip is {clip}", fix="give a ratio above 0, or none")
-        for name, changed, owner in (
-            ("control_coefficient", control != 1.0, "variance_reduced"),
-            ("importance_clip", clip != 10.0, "doubly_robust"),
-        ):
-            if changed and self.objective != owner:
-                raise ConfigError(f"{name} has no effect with objective {self.objective}", fix=f"set objective to {owner}")
+        if clip != 10.0 and self.objective != "doubly_robust":
+            what = f"importance_clip has no effect with objective {self.objective}"
+            raise ConfigError(what, fix="set objective to doubly_robust")
         if self.dr_beta is not None and self.objective != "plain":
             raise ConfigError(f"dr_beta has no meaning with objective {self.objective}", fix="set one of them")
         if self.objective == "doubly_robust":

@@ -182,7 +182,7 @@ class PreferenceTrainer(PairTrainer):
         policy, reference = self._normalised(logps, tokens, inputs["anchor"])
         first, second = (slice(start, None, 2) for start in (2, 3))
         drawn = self.difference(policy[:, first], policy[:, second], reference[:, first], reference[:, second], self.args.beta)
-        return Step(h, drawn, logps, inputs["anchor"], inputs)
+        return Step(h, drawn, inputs | {"logps": logps})
 
     def _normalised(self, logps: Tensor, tokens: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """Policy and anchor log-probs as the implied rewards take them: sums, or means over tokens."""

@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 
 from polyref.errors import ConfigError
 from polyref.objectives.pairwise import PairLoss, pair_loss
-from polyref.training.arguments import check_arguments, finish_arguments
+from polyref.training.arguments import check_arguments, check_control, finish_arguments
+from polyref.training.step_objective import OBJECTIVES, StepObjective
 
 
 @dataclass
@@ -37,6 +38,17 @@ class RewardConfig(TrainingArguments):
         default=None,
         metadata={"help": "Weight of (r_chosen + r_rejected)^2, at least 0, which centres rewards at 0; TRL advises 0.01."},
     )
+    objective: Literal["plain", "variance_reduced"] = field(
+        default="plain",
+        metadata={
+            "help": "plain: the pair loss. variance_reduced: the pair loss with an auxiliary preference model as control "
+            "variate, which reads the auxiliary columns."
+        },
+    )
+    control_coefficient: float | Literal["optimal"] = field(
+        default=1.0,
+        metadata={"help": "Weight of the control variate of variance_reduced, at least 0; optimal is M/(M+1) for M pairs."},
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest prompt + completion in tokens; longer ones are cut."}
     )
@@ -52,10 +64,24 @@ class RewardConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.pair_loss()
         check_arguments(self)
+        self._check_objective()
         centring = self.center_rewards_coefficient
         if centring is not None and not 0 <= centring < math.inf:
             raise ConfigError(f"center_rewards_coefficient is {centring}", fix="give a number of at least 0, or leave it out")
         finish_arguments(self, super().__post_init__)
+
+    def _check_objective(self) -> None:
+        objective: str = self.objective
+        if objective == "doubly_robust":
+            what = "objective doubly_robust weighs completions by a policy's probabilities, and a reward model has none"
+            raise ConfigError(what, fix="train a policy by it, or use variance_reduced")
+        if objective not in OBJECTIVES:
+            raise ConfigError(f"unknown objective {objective!r}", fix="use plain or variance_reduced")
+        check_control(self.control_coefficient, objective)
+
+    def step_objective(self) -> StepObjective | None:
+        """What a step minimises instead of the pair loss, if anything."""
+        return OBJECTIVES[self.objective](self.pair_loss(), 1.0, self.control_coefficient, None)
 
     def pair_loss(self) -> PairLoss:
         """The pair loss these settings name; sigmoid with label_smoothing is the smoothed loss."""

@@ -21,6 +21,7 @@ from polyref.training.pair_trainer import PairTrainer
 from polyref.training.policy import prepare_policy, tokenizer_of
 from polyref.training.prepare import step_batch
 from polyref.training.reward_config import RewardConfig
+from polyref.training.step_objective import Step
 
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 """What a log line adds to the loss: means over pairs, in reward units; the share of pairs where chosen has more reward."""
@@ -34,6 +35,9 @@ class RewardTrainer(PairTrainer):
     r is the score head's number at the end of each completion, both completions of a pair in one row that passes their prompt
     once; loss is the pair loss at the pair's `chosen_probability`, the Bradley-Terry likelihood by default; c centres rewards,
     which the loss alone leaves free up to a constant a prompt [arXiv 2312.09244 eq. 2].
+    Under objective variance_reduced the pair loss is `objectives.variance_reduced` of it [arXiv 2504.03784]: training rows hold
+    auxiliary pairs of their prompt, which pass in the row of their pair. Centring is of the data pair alone. Evaluation is
+    always of the plain loss, and reads no auxiliary column.
 
     Args:
         model: hub id or folder of a language model, which gets a fresh head drawn from `args.seed`, or of a reward model; or a
@@ -76,7 +80,16 @@ class RewardTrainer(PairTrainer):
             peft_config = with_head(peft_config, model)
         model = prepare_policy(model, args, peft_config, who=WHO)
 
-        super().__init__(model, args, eval_dataset, tokenizer, callbacks or (), optimizers, metrics=METRICS)
+        super().__init__(
+            model,
+            args,
+            eval_dataset,
+            tokenizer,
+            callbacks or (),
+            optimizers,
+            metrics=METRICS,
+            step_objective=args.step_objective(),
+        )
         with self.accelerator.autocast():
             self.plan: ScoringPlan = probe_rewards(self.model, row_limit=args.max_length)
         self.data_collator = PairCollator(self.plan.layout)
@@ -84,18 +97,22 @@ class RewardTrainer(PairTrainer):
 
     def _scored(self, data: TokenizedPreferences, name: str) -> ScoredPairs:
         """There is no anchor to score: zeros stand in its place."""
-        return ScoredPairs(data.pairs, data.records, torch.zeros(len(data.pairs), 2))
+        return ScoredPairs(data.pairs, data.records, torch.zeros(len(data.pairs), len(data.pairs[0].completions)))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean loss of a batch; its rewards, margins and accuracies are added up for the next log line."""
+        count = inputs["anchor"].shape[1]
         with self.accelerator.autocast():
-            rewards = completion_rewards(model, step_batch(inputs, self.plan.layout), self.plan).view(-1, 2)
-        h = rewards[:, 0] - rewards[:, 1]
-        losses = self.pair_loss(h - inputs["margin"], inputs["chosen_probability"])
+            rewards = completion_rewards(model, step_batch(inputs, self.plan.layout, count), self.plan).view(-1, count)
+        pair, h = rewards[:, :2], rewards[:, 0] - rewards[:, 1]
+        if self.step_objective is not None and self.model.training:
+            losses, terms = self.step_objective(Step(h, rewards[:, 2::2] - rewards[:, 3::2], inputs))
+        else:
+            losses, terms = self.pair_loss(h - inputs["margin"], inputs["chosen_probability"]), None
         if self.args.center_rewards_coefficient:
-            losses = losses + self.args.center_rewards_coefficient * rewards.sum(1) ** 2
+            losses = losses + self.args.center_rewards_coefficient * pair.sum(1) ** 2
         loss = losses.mean()
-        self._count(loss, losses, [*rewards.unbind(1), h, preference_accuracy(h)], inputs["index"])
+        self._count(loss, losses, [*pair.unbind(1), h, preference_accuracy(h)], inputs["index"], terms)
         return (loss, {"reward_difference": h.detach()}) if return_outputs else loss

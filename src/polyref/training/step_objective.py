@@ -25,14 +25,13 @@ ROUNDING: Final = 1e-10
 
 
 class Step(NamedTuple):
-    """A batch of B pairs with M auxiliary pairs each: (B,), (B, M) and, by completion, (B, 2 + 2M)."""
+    """A batch of B pairs with M auxiliary pairs each: reward differences, (B,) and (B, M), implied or of a reward model."""
 
     h: Tensor
     auxiliary_h: Tensor
-    logps: Tensor
-    anchor: Tensor
     inputs: Mapping[str, Tensor]
-    """What `PairCollator` made: the labels, what the auxiliary model says, and `sampling` (B, 2 + 2M) where it is needed."""
+    """What `PairCollator` made: the labels, what the auxiliary model says and, by completion, `anchor` and, where it is needed,
+    `sampling`: (B, 2 + 2M). Of a policy also its log-probabilities `logps` of the same completions."""
 
 
 class StepObjective(Protocol):
@@ -106,12 +105,13 @@ class DoublyRobustStep:
         self.beta, self.clip = beta, clip
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
-        ratios = step.logps - step.inputs["sampling"]
+        logps = step.inputs["logps"]
+        ratios = logps - step.inputs["sampling"]
         first, second = ratios[:, 2::2], ratios[:, 3::2]
         direct = direct_value(step.inputs["auxiliary_probability"], first, second, clip=self.clip).mean(-1)
         z, g = step.inputs["chosen_probability"], step.inputs["predicted_probability"]
         value = doubly_robust_value(z, g, direct, ratios[:, 0], ratios[:, 1], clip=self.clip)
-        to_anchor = step.logps - step.anchor
+        to_anchor = logps - step.inputs["anchor"]
         kl = kl_penalty(to_anchor[:, 2::2], to_anchor[:, 3::2], first, second, clip=self.clip).mean(-1)
         share, _ = importance_diagnostics(ratios, self.clip)
         weights = ratios.detach().double().exp().clamp(max=math.inf if self.clip is None else self.clip)
