@@ -8,7 +8,7 @@ Data flows through the rooms in this order:
     RewardConfig              loss_type, centring, cut; TrainingArguments                         polyref.training.reward_config
     RewardTrainer             pairs -> reward model                                               polyref.training
     RewardModel               trained weights -> rewards of completions                           polyref.rewards.reward_model
-    from_reward, from_votes,  a reward, votes or models -> g(x, y1, y2) = P(y1 preferred)   polyref.rewards.preference_model
+    from_reward, from_votes,  a reward, votes or models -> g(x, y1, y2) = P(y1 preferred)         polyref.rewards
     from_ensemble
     PreferenceConfig          beta, loss_type, composition and divergence; TrainingArguments      polyref.training.config
     PreferenceTrainer         policy + anchor + pairs -> aligned policy                           polyref.training
