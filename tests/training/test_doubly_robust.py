@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from fakes import auxiliary_columns, counted_calls, pair_rows, saved_llama, tiny_llama
+from fakes import auxiliary_columns, byte_tokenizer, counted_calls, pair_rows, saved_llama, tiny_llama
 from polyref import PreferenceConfig, PreferenceTrainer, Reference, ReferenceSet
-from polyref.errors import ConfigError
+from polyref.errors import ConfigError, ReferenceSetError
 from polyref.training.dataset import ScoredPair
 from polyref.types import PreferenceRecord, TokenizedPair
 
@@ -218,6 +218,34 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_last_bit(world: World) -> None
     lines, weights = run("unbroken")
     again, resumed = run("resumed", resume_from_checkpoint=str(world.path / "unbroken" / "checkpoint-2"))
     assert torch.equal(weights, resumed) and lines == again
+
+
+def test_a_sampling_policy_that_reads_other_tokens_is_refused_in_one_line(world: World) -> None:
+    merging = byte_tokenizer(merges=[("n", "o")])
+    stranger = Reference(tiny_llama(merging, seed=3), tokenizer=merging, name="stranger")
+    known = Reference(tiny_llama(world.tokenizer, seed=3), name="known")
+    for sampling in (stranger, ReferenceSet((known, stranger), composition="arithmetic")):
+        with pytest.raises(
+            ReferenceSetError, match="row 1: sampling policy stranger reads completions as other tokens"
+        ) as error:
+            world.make(tiny_llama(world.tokenizer), rows(), known, sampling)
+        assert "\n" not in str(error.value)
+        assert not (world.path / "cache").exists(), "refused before anything is scored"
+    world.make(tiny_llama(world.tokenizer), rows(), stranger, known, max_steps=1).train()
+    unused = ReferenceSet((known, stranger), weights=(1.0, 0.0), composition="arithmetic")
+    found = [world.make(tiny_llama(world.tokenizer), rows(), known, sampling) for sampling in (known, unused)]
+    assert found[0].train_dataset.pairs[0].sampling == found[1].train_dataset.pairs[0].sampling
+
+
+def test_a_sampling_policy_may_have_another_template_and_padding_token(world: World) -> None:
+    other = byte_tokenizer(chat_template=None)
+    other.pad_token = other.eos_token
+    model = tiny_llama(world.tokenizer, seed=3)
+    found = [
+        world.make(tiny_llama(world.tokenizer), rows(), None, Reference(model, tokenizer=tokenizer))
+        for tokenizer in (None, other)
+    ]
+    assert [pair.sampling for pair in found[0].train_dataset.pairs] == [p.sampling for p in found[1].train_dataset.pairs]
 
 
 def test_the_sampling_policy_is_named_where_it_is_used_and_is_a_law(world: World) -> None:

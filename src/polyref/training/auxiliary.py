@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from polyref.data.auxiliary import AUXILIARY_FIELDS, check_auxiliary
 from polyref.data.fields import READERS, Refusal
 from polyref.data.records import RowError
 from polyref.data.sources import check_alike
-from polyref.errors import ConfigError
+from polyref.data.tokenize import TokenizedPreferences, tokenize_for_reference
+from polyref.errors import ConfigError, ReferenceSetError
 from polyref.references.reference_set import ReferenceSet
+from polyref.references.score import own_tokenizer
 from polyref.types import PreferenceRecord
 
 logger = logging.getLogger(__name__)
@@ -49,6 +53,27 @@ def plain_records(records: Sequence[PreferenceRecord]) -> list[PreferenceRecord]
     logger.info("the auxiliary columns are not used: objective is plain, or the rows are for evaluation")
     bare: dict[str, Any] = dict.fromkeys(AUXILIARY_FIELDS)
     return [replace(record, **bare) for record in records]
+
+
+def check_same_tokens(
+    sampling_policy: ReferenceSet, data: TokenizedPreferences, policy_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """ReferenceSetError where a member of positive weight would score other tokens than those of `data`, the policy's.
+
+    Its probability would be that of another event, and no denominator of an importance ratio. Templates and special tokens
+    may differ, as long as the tokens of every completion are the same.
+    """
+    members = [member for member, counts in zip(sampling_policy.members, sampling_policy.needed(), strict=True) if counts]
+    for member in members:
+        own = own_tokenizer(member)
+        scored = tokenize_for_reference(data.records, data.pairs, policy_tokenizer, own, system_prompt=member.system_prompt)
+        for record, pair, other in zip(data.records, data.pairs, scored, strict=True):
+            if other.completions != pair.completions:
+                raise ReferenceSetError(
+                    f"sampling policy {member.label} reads completions as other tokens than the policy does",
+                    where=f"{record.source}, row {record.row}",
+                    fix="give one with the policy's tokenizer: importance ratios are of token sequences",
+                )
 
 
 def check_sampling_policy(objective: str, sampling_policy: ReferenceSet | None) -> None:

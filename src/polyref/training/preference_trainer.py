@@ -23,7 +23,7 @@ from polyref.references.score import Progress, ReferenceScores, score_references
 from polyref.scoring.logprobs import ScoringPlan, causal_lm, completion_logps, probe
 from polyref.scoring.models import ModelSource, cache_home, load_causal_lm, load_tokenizer
 from polyref.training.arguments import check_run
-from polyref.training.auxiliary import check_sampling_policy
+from polyref.training.auxiliary import check_same_tokens, check_sampling_policy
 from polyref.training.config import PreferenceConfig
 from polyref.training.dataset import PairCollator, ScoredPairs
 from polyref.training.guards import FallingChosenWarning, check_starts_at_reference
@@ -120,13 +120,14 @@ class PreferenceTrainer(PairTrainer):
 
     def _scored(self, data: TokenizedPreferences, name: str) -> ScoredPairs:
         """`data` with its anchor and, where auxiliary pairs need it, what its completions were drawn from."""
+        sampled = self.sampling_policy if data.pairs[0].auxiliary_ids else None
+        if sampled is not None:
+            check_same_tokens(sampled, data, self.processing_class)
         references = self.references or ReferenceSet((Reference(self.model),))
         weights = _prompt_weights(data.records, references)
         scores = self._score(data, self.references, weights)
         self.reference_scores[name] = scores
-        sampling = None
-        if self.sampling_policy is not None and data.pairs[0].auxiliary_ids:
-            sampling = _anchor(self.sampling_policy, self._score(data, self.sampling_policy, None), None)
+        sampling = _anchor(sampled, self._score(data, sampled, None), None) if sampled is not None else None
         return ScoredPairs(data.pairs, data.records, _anchor(references, scores, weights), sampling)
 
     def _score(self, data: TokenizedPreferences, references: ReferenceSet | None, weights: Tensor | None) -> ReferenceScores:
