@@ -60,6 +60,18 @@ class World:
         usual = {"model": self.model, "references": {"members": [{"model": str(self.model)}]}}
         return self._words("score", usual | settings)
 
+    def auxiliary(self, **settings: Any) -> list[str]:
+        """`polyref auxiliary` of one pair of short completions a prompt, from the model itself, by the length of texts."""
+        usual = {
+            "output_dir": self.path / "auxiliary",
+            "sampling_policy": {"members": [{"model": str(self.model)}]},
+            "reward": {"model": "rule:length"},
+            "pairs": 2,
+            "max_new_tokens": 40,
+            "prompts_at_once": 2,
+        }
+        return self._words("auxiliary", usual | settings)
+
     def validate(self, **settings: Any) -> list[str]:
         """`polyref validate` with the model's tokenizer."""
         return self._words("validate", {"model": self.model} | settings)
@@ -109,6 +121,11 @@ def assert_refused(world: World, words: Sequence[object], says: Sequence[str]) -
     assert_one_line(outcome, says)
     assert world.tree() == before
     assert words[0] == "validate" or not outcome.out
+
+
+def assert_ends_in_one_line(outcome: Outcome, *says: str) -> None:
+    """As `assert_one_line`, after the progress of work that was begun."""
+    assert_one_line(Outcome(outcome.code, outcome.out, outcome.err.splitlines()[-1] if outcome.err else ""), says)
 
 
 def assert_one_line(outcome: Outcome, says: Sequence[str]) -> None:

@@ -148,7 +148,7 @@ def test_every_column_and_error_is_documented() -> None:
 
 
 def test_every_verb_and_setting_is_documented() -> None:
-    from polyref.cli import lab, plan, quickstart, reward, score, settings, train, validate
+    from polyref.cli import auxiliary, lab, plan, preference_source, quickstart, reward, score, settings, train, validate
     from polyref.cli.main import VERBS
 
     page = read("docs/cli.md")
@@ -159,6 +159,10 @@ def test_every_verb_and_setting_is_documented() -> None:
         score.ScoreSettings,
         train.PolicySettings,
         reward.RewardSettings,
+        auxiliary.AuxiliarySettings,
+        preference_source.PreferenceSource,
+        preference_source.CrossEncoderSettings,
+        preference_source.RewardSource,
         lab.LabSettings,
         plan.PlanSettings,
         settings.DataSettings,

@@ -24,6 +24,7 @@ VERBS = {
     "score": "score preference data under K references, into the cache",
     "train": "train a policy on preference data against K references",
     "reward": "train a reward model on preference data, and say how far its rewards are to be believed",
+    "auxiliary": "draw more pairs and have a preference model judge all, for variance-reduced training",
     "lab": "measure what theory claims, on exact bandits whose optimum is known",
     "plan": "say how many preference pairs a target gap needs, by the bounds and as measured",
 }

@@ -97,9 +97,9 @@ def common_inputs(
     }
 
 
-def refuse_changed(folder: RunFolder, inputs: dict[str, str]) -> None:
-    """A complete run stays what it is."""
-    entry = json.loads((folder.path / "manifest.json").read_text())["stages"].get("train", {})
+def refuse_changed(folder: RunFolder, inputs: dict[str, str], last: str = "train") -> None:
+    """A complete run, one whose stage `last` is done, stays what it is."""
+    entry = json.loads((folder.path / "manifest.json").read_text())["stages"].get(last, {})
     if entry.get("state") != "done":
         return
     old = entry["info"].get("depends_on", {})
