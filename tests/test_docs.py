@@ -148,7 +148,18 @@ def test_every_column_and_error_is_documented() -> None:
 
 
 def test_every_verb_and_setting_is_documented() -> None:
-    from polyref.cli import auxiliary, lab, plan, preference_source, quickstart, reward, score, settings, train, validate
+    from polyref.cli import (
+        auxiliary_settings,
+        lab,
+        plan,
+        preference_source,
+        quickstart,
+        reward,
+        score,
+        settings,
+        train,
+        validate,
+    )
     from polyref.cli.main import VERBS
 
     page = read("docs/cli.md")
@@ -159,7 +170,7 @@ def test_every_verb_and_setting_is_documented() -> None:
         score.ScoreSettings,
         train.PolicySettings,
         reward.RewardSettings,
-        auxiliary.AuxiliarySettings,
+        auxiliary_settings.AuxiliarySettings,
         preference_source.PreferenceSource,
         preference_source.CrossEncoderSettings,
         preference_source.RewardSource,

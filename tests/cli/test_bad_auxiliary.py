@@ -52,6 +52,11 @@ def test_what_is_wrong_is_said_in_one_line(given: dict[str, Any], says: tuple[st
     assert not (world.path / "auxiliary").exists() or not list((world.path / "auxiliary").iterdir())
 
 
+def test_a_margin_is_refused_before_anything_is_drawn(world: World) -> None:
+    world.pairs(*(row | {"margin": 0.5} for row in some_rows(2)))
+    assert_refused(world, world.auxiliary(), ["row 1, column margin: has no counterpart for auxiliary pairs", "leave"])
+
+
 def test_long_prompts_may_be_left_out(world: World) -> None:
     world.pairs(*some_rows(), {"prompt": "x" * 230, "chosen": "a", "rejected": "b"})
     assert_refused(world, world.auxiliary(), ["row 13: 1 prompts leave no room for 40 new tokens", "leave_out"])

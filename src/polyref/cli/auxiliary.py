@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from polyref.cli.auxiliary_stages import Drawing, draw, score
+from polyref.cli.auxiliary_settings import MAY_CHANGE, AuxiliarySettings
+from polyref.cli.auxiliary_stages import draw, score
 from polyref.cli.auxiliary_summary import Totals, agreement, drawing_summary, tell
 from polyref.cli.preference_source import PreferenceSource, fresh
 from polyref.cli.settings import DataSettings
 from polyref.cli.training_run import pick, refuse_changed
-from polyref.data.write import WRITTEN_KINDS, check_written
 from polyref.errors import ConfigError, ModelError
-from polyref.references.reference_set import ReferenceSet
-from polyref.samplers.engine import SamplingParameters
 
 if TYPE_CHECKING:
     import torch
@@ -33,81 +30,6 @@ if TYPE_CHECKING:
     Records = list[PreferenceRecord]
 
 logger = logging.getLogger(__name__)
-
-_BUDGET = ("tries", "timeout", "attempts", "first_wait", "longest_wait", "concurrency", "max_requests", "max_tokens")
-MAY_CHANGE = ("leave_out", *(f"judge.{name}" for name in _BUDGET))
-"""A judge that gave up, or whose budget is spent, may be asked on: what it said is kept."""
-
-_TAKEN = ("metrics.jsonl", "judge.jsonl")
-
-
-@dataclass
-class AuxiliarySettings:
-    """What is drawn beside the data, how, and where it goes.
-
-    Args:
-        output_dir: the run folder.
-        sampling_policy: what the completions of the data were drawn from; several members are a mixture of them.
-        member_per: whether each completion of the data has a member of its own, or both of a pair have one.
-        pairs: auxiliary pairs of each data pair.
-        max_new_tokens: longest completion; one that has not ended by then is cut there.
-        temperature: that the data were drawn with.
-        top_p: that the data were drawn with.
-        redraws: how often a pair of equal completions is drawn again.
-        batch_size: completions drawn at once.
-        prompts_at_once: prompts drawn or judged between two points from which a killed run goes on.
-        leave_out: do without pairs whose prompt is too long, or on which a judge gives no verdict, instead of stopping.
-        prompt_format: as_is, chat (strings become one user and one assistant turn), or transcript (Human/Assistant turns).
-        seed: of all that is drawn, the folds, and the fits.
-        file_name: the file in the run folder: .jsonl, .jsonl.gz or .parquet.
-    """
-
-    output_dir: str
-    sampling_policy: ReferenceSet | None = None
-    member_per: Literal["completion", "pair"] = "completion"
-    pairs: int = 4
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    redraws: int = 20
-    batch_size: int = 32
-    prompts_at_once: int = 32
-    leave_out: bool = False
-    prompt_format: Literal["as_is", "chat", "transcript"] = "as_is"
-    seed: int = 0
-    file_name: str = "pairs.jsonl"
-
-    def __post_init__(self) -> None:
-        if not self.output_dir.strip():
-            raise ConfigError("output_dir is empty", fix="name the run folder")
-        check_written(self.file_name)
-        if Path(self.file_name).name != self.file_name or self.file_name in (*_TAKEN, self.held_out_name):
-            raise ConfigError(
-                f"file_name is {self.file_name}", fix="name a file of the run folder that nothing else is kept in"
-            )
-        for name in ("pairs", "batch_size", "prompts_at_once"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", fix="give at least 1")
-        if self.redraws < 0:
-            raise ConfigError(f"redraws is {self.redraws}", fix="give at least 0")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}", fix="give a whole number from 0")
-        self.parameters  # noqa: B018  checked when made
-
-    @property
-    def parameters(self) -> SamplingParameters:
-        """How completions are drawn."""
-        return SamplingParameters(self.max_new_tokens, self.temperature, self.top_p)
-
-    @property
-    def held_out_name(self) -> str:
-        """The file of held-out pairs, beside the other."""
-        return "held_out" + next(kind for kind in WRITTEN_KINDS if self.file_name.endswith(kind))
-
-    def drawing(self, policy: ReferenceSet) -> Drawing:
-        """How auxiliary pairs are drawn from `policy`."""
-        per_pair, counts = self.member_per == "pair", (self.redraws, self.batch_size, self.prompts_at_once, self.seed)
-        return Drawing(policy, per_pair, self.pairs, self.parameters, *counts)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -219,13 +141,18 @@ def _with_room(own: AuxiliarySettings, records: Records) -> Records:
 
 
 def _prepare(own: AuxiliarySettings, source: PreferenceSource, records: Records) -> None:
-    """Say how much work there is, once what can be refused of the preference model has been: drawing may take hours."""
+    """Say how much work there is, once what can be refused has been: drawing may take hours."""
     from tempfile import TemporaryDirectory
 
+    from polyref.data.records import RowError
     from polyref.data.sources import by_prompt
     from polyref.rewards.cross_fit import prompt_folds
     from polyref.rewards.judge import Judge
 
+    for record in records:
+        if record.margin:
+            place: dict[str, Any] = {"source": record.source, "row": record.row, "column": "margin"}
+            raise RowError("has no counterpart for auxiliary pairs", fix="leave the column out", **place)
     work = f"g of {len(records) * (1 + own.pairs)} pairs"
     if (encoder := source.cross_encoder) is not None:
         prompt_folds(records, folds=encoder.folds, seed=own.seed)

@@ -87,16 +87,18 @@ class RewardSource:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights; a rule is its name."""
+        """Of the weights and what is kept beside them; a rule is its name."""
         from polyref.rewards.classifier import is_adapter
+        from polyref.rewards.reward_settings import read_reward_settings
         from polyref.scoring.models import adapter_fingerprint, weights_fingerprint
 
         if self.model.startswith("rule:"):
             return self.model
+        beside = str(read_reward_settings(self.model, self.revision))
         if is_adapter(self.model):
-            return adapter_fingerprint(self.model)
+            return adapter_fingerprint(self.model) + beside
         source = ModelSource(self.model, None, self.dtype or "float32", self.revision, self.trust_remote_code)
-        return weights_fingerprint(source) + adapter_fingerprint(self.adapter)
+        return weights_fingerprint(source) + adapter_fingerprint(self.adapter) + beside
 
     def load(self) -> PreferenceModel:
         """The preference model, ready."""
