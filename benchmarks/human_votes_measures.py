@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from human_votes import Side
+from scipy.stats import chisquare
 from surface_preferences import words_of
 
 from polyref.data.sources import prompt_key
@@ -61,20 +63,25 @@ def length(reply: Any) -> int:
 
 
 def describe(side: Side) -> dict[str, Any]:
-    """Sizes, how good g is, and whether auxiliary pairs look like the votes: their mean |log ratio of lengths|, and by how
-    much it differs."""
+    """Sizes, how good g is, and whether auxiliary pairs may have the law of the votes.
+
+    For that, the chi-square p-value of a uniform choice of two models, where they are known, and the mean |log ratio of
+    lengths| of both, and by how much it differs.
+    """
 
     def spread(first: Any, second: Any) -> float:
         return abs(float(np.log((1 + length(first)) / (1 + length(second)))))
 
     voted = np.array([spread(vote.record.chosen, vote.record.rejected) for vote in side.votes])
     drawn = np.array([np.mean([spread(*pair) for pair in pairs]) for pairs in side.auxiliary])
+    models = Counter(frozenset(vote.writers) for vote in side.votes if vote.writers)
     return {
         "pairs": len(side.votes),
         "prompts": len(set(side.prompts)),
         "ties": sum(vote.majority == 0.5 for vote in side.votes),
         "split": sum(vote.record.chosen_probability not in (0.5, 1.0) for vote in side.votes),
         "pairs whose pool is one pair": sum(len({tuple(map(prompt_key, p)) for p in pairs}) == 1 for pairs in side.auxiliary),
+        "p of uniform pairs of models": float(chisquare(list(models.values())).pvalue) if models else None,
         "length spread": {
             "votes": interval(voted[None], side),
             "auxiliary": interval(drawn[None], side),

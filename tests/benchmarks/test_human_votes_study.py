@@ -226,6 +226,7 @@ def test_the_study_runs_resumes_and_says_what_it_found(
     found = json.loads(written)["sets"]["pandalm-human"]
     assert found["training"]["pairs"] == 34 and found["held out"]["pairs"] == 8 and found["held out"]["ties"] == 2
     assert found["held out"]["longer reply"][0] == 1 and found["training"]["pairs whose pool is one pair"] == 2
+    assert found["training"]["p of uniform pairs of models"] == pytest.approx(0.950, abs=1e-3)  # 8, 8, 8 and 10 pairs
     assert set(found["arms"]) == set(arms) and found["arms"][arms[1]]["factor"]["c = 1"][0] > 0
     (summary,) = (tmp_path / "runs" / "pandalm-human").glob("sigmoid-majority-seed0/summary.json")
     after = np.array(json.loads(summary.read_text())["after"]["h"])
