@@ -15,7 +15,7 @@ from fakes import byte_tokenizer
 from judge_world import HOSTILE, XYZ, by_length, completion, judging, lines, listening, settings, shown
 from polyref.errors import ConfigError, InputError, ModelError
 from polyref.rewards.judge import Judge, JudgeSettings, read_verdict
-from polyref.rewards.judge_transcript import Reply
+from polyref.serving.transcript import Reply
 
 pytestmark = pytest.mark.usefixtures("loopback")
 

@@ -13,7 +13,7 @@ from fakes import byte_tokenizer
 from judge_world import XYZ, Answer, by_length, completion, faulty, judging, lines, listening, settings, shown
 from polyref.errors import ConfigError, ModelError
 from polyref.rewards.judge import Judge
-from polyref.rewards.judge_client import _retry_after
+from polyref.serving.client import _retry_after
 
 pytestmark = pytest.mark.usefixtures("loopback")
 

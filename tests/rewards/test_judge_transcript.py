@@ -16,7 +16,7 @@ import torch
 from judge_world import XYZ, by_length, faulty, judging, lines, settings, shown
 from polyref.errors import RunFolderError
 from polyref.rewards.judge import Judge
-from polyref.rewards.judge_transcript import Reply, Transcript
+from polyref.serving.transcript import Reply, Transcript
 
 pytestmark = pytest.mark.usefixtures("loopback")
 
@@ -91,7 +91,7 @@ def test_a_file_that_is_no_transcript_is_refused_and_left_alone(tmp_path, bad):
     (tmp_path / "t").write_text('{"event": "asked", "digest": "1", "tokens": 1}\n' + bad + "\n")
     before = (tmp_path / "t").read_bytes()
     for _ in range(2):
-        with pytest.raises(RunFolderError, match="t, line 2: is no line of a judge's transcript; restore it, or name another"):
+        with pytest.raises(RunFolderError, match="t, line 2: is no line of a transcript; restore it, or name another"):
             Transcript(tmp_path / "t")
     assert (tmp_path / "t").read_bytes() == before
 
@@ -105,7 +105,7 @@ def test_two_processes_cannot_share_a_transcript_and_a_full_disk_leaves_no_torn_
         whole = os.write
         monkeypatch.setattr(os, "write", lambda file, content: whole(file, content[:10]))
         with pytest.raises(RunFolderError, match="cannot be written: No space left on device"):
-            transcript.answered("0", Reply("VERDICT: 1", "stop", 3), 0.01, {})
+            transcript.answered("0", Reply("VERDICT: 1", "stop", 3), {}, verdict=0.01)
         assert (tmp_path / "t").read_bytes() == before
     transcript.close()  # twice is safe
 

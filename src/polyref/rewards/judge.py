@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from polyref.errors import ConfigError, ModelError, one_line
-from polyref.rewards.judge_client import JudgeClient, Unanswered
+from polyref.rewards.judge_client import ask
 from polyref.rewards.judge_settings import JudgeSettings
-from polyref.rewards.judge_transcript import Reply
 from polyref.rewards.protocols import check_probabilities, check_rows
+from polyref.serving.client import Client, Unanswered
+from polyref.serving.transcript import Reply
 from polyref.types import Message, Text
 
 __all__ = ["AVERAGES", "Judge", "JudgeSettings", "Verdicts", "judge_messages", "read_verdict"]
@@ -88,7 +89,7 @@ class Judge:
             raise ConfigError(f"average is {settings.average!r}", fix=f"use one of {', '.join(AVERAGES)}")
         self.settings, self.name = settings, f"judge {settings.model}"
         self._average = AVERAGES[settings.average]
-        self._client = JudgeClient(settings, transcript)
+        self._client = Client(settings, transcript, who="judge")
         self.transcript = self._client.transcript
 
     def __enter__(self) -> Self:
@@ -147,7 +148,8 @@ class Judge:
 
     def _share(self, prompt: str, first: str, second: str) -> float:
         for attempt in range(self.settings.tries):
-            reply = self._client.ask(judge_messages(self.settings.criterion, prompt, first, second, attempt), read_verdict)
+            messages = judge_messages(self.settings.criterion, prompt, first, second, attempt)
+            reply = ask(self._client, self.settings, messages, read_verdict)
             if (verdict := read_verdict(reply)) is not None:
                 return verdict
         said = f"{one_line(reply.text, 80)!r} (ended by {one_line(reply.finish_reason, 20)})"

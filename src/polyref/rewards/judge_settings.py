@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from polyref.errors import ConfigError
+from polyref.serving.connection import check_connection, check_counts, check_extra_body
 
 _OURS = ("model", "messages", "n", "stream", "temperature", "max_tokens", "max_completion_tokens")
 
@@ -57,31 +56,10 @@ class JudgeSettings:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        try:
-            address = urlsplit(self.base_url)
-            usable = address.scheme in ("http", "https") and bool(address.hostname) and not address.query
-            usable = usable and address.port != 0 and self.base_url.isprintable() and " " not in self.base_url
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ConfigError("base_url is no address of a server", fix="give one like http://127.0.0.1:8000/v1")
-        if address.username is not None or address.password is not None:
-            raise ConfigError("base_url holds a password", fix="name an environment variable in key_variable")
-        for name in ("tries", "reply_tokens", "attempts", "concurrency", "max_requests", "max_tokens"):
-            if (value := getattr(self, name)) is not None and not (type(value) is int and value >= 1):
-                raise ConfigError(f"{name} is {value!r}", fix="give a whole number from 1")
-        for name in ("timeout", "first_wait", "longest_wait"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}", fix="give seconds above 0")
+        check_connection(self)
+        check_counts(self, "tries", "reply_tokens")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature}", fix="give a number from 0")
         if self.limit_name not in ("max_tokens", "max_completion_tokens"):
             raise ConfigError(f"limit_name is {self.limit_name!r}", fix="use 'max_tokens' or 'max_completion_tokens'")
-        try:
-            json.dumps(dict(self.extra_body))
-        except (TypeError, ValueError):
-            raise ConfigError("extra_body cannot be written as JSON", fix="give names with plain values") from None
-        if taken := sorted(set(_OURS) & set(self.extra_body)):
-            raise ConfigError(
-                f"extra_body holds {', '.join(taken)}", fix="these have settings of their own, or must stay as they are"
-            )
+        check_extra_body(self.extra_body, _OURS)

@@ -1,14 +1,15 @@
-"""What a judge was asked and what it answered, kept so that nothing answered is paid for twice, however a run ends.
+"""What a server was asked and what it answered, kept so that nothing answered is paid for twice, however a run ends.
 
 JSON Lines, each on disk (fsync) before anything rests on it, in the order in which things happened:
 
     {"event": "asked", "digest", "tokens"}                    before it is sent; `tokens`: the most it may cost
-    {"event": "answered", "digest", "tokens", "verdict", "reply", "finish_reason", "request"}       what it cost
+    {"event": "answered", "digest", "tokens", "reply", "finish_reason", "request", ...}             what it cost
     {"event": "failed", "digest", "tokens", "error"}          what it may have cost all the same
 
-The digest is the SHA-256 of the request's body: another model, question, pair, order or setting is another request. A request
-that a kill left without an outcome counts against the budget at the most it may have cost, and is asked again. No key is ever
-part of a body, so none is written.
+An answer has "token_ids" and "logps" where the server gave them, and what the asker noted: a judge, its "verdict". The digest
+is the SHA-256 of the request's body, and of whatever else tells the request from others: another model, question or setting is
+another request. A request that a kill left without an outcome counts against the budget at the most it may have cost, and is
+asked again. No key is ever part of a body, so none is written.
 """
 
 from __future__ import annotations
@@ -31,14 +32,20 @@ from polyref.files import sync, write_errors
 logger = logging.getLogger(__name__)
 
 _EVENTS = {"asked": (), "answered": ("reply", "finish_reason"), "failed": ("error",)}
+_LISTS = {"token_ids": int, "logps": float}
 
 
 class Reply(NamedTuple):
-    """What the judge wrote, why it stopped there ("stop": it was done), and the tokens of request and reply together."""
+    """What the server wrote, why it stopped there ("stop": it was done), and the tokens of request and reply together.
+
+    `token_ids` and their log-probabilities `logps` in nats are those of the text, where the server gave them.
+    """
 
     text: str
     finish_reason: str
     tokens: int
+    token_ids: tuple[int, ...] | None = None
+    logps: tuple[float, ...] | None = None
 
 
 def read_json(text: str | bytes) -> Any:
@@ -57,7 +64,7 @@ class Transcript:
     """The open transcript at `path`, held against other processes until `close`; its budget runs through all resumptions.
 
     `replies`: the replies by digest. `requests`, `tokens`: spent so far; `failed`: requests that brought no reply;
-    `not_verdicts`: replies in which no verdict was found. A torn last line is dropped.
+    `not_verdicts`: replies in which a judge's verdict was looked for and not found. A torn last line is dropped.
 
     Raises:
         RunFolderError: another process holds it, it cannot be read or written, or a line of it is not of a transcript.
@@ -117,13 +124,14 @@ class Transcript:
             self._in_flight[digest] = tokens
             self.requests, self.tokens = self.requests + 1, self.tokens + tokens
 
-    def answered(self, digest: str, reply: Reply, verdict: float | None, request: Any) -> None:
-        """Write the reply to a request that was `asked`, the verdict read from it, and the body of the request."""
-        line = {"event": "answered", "digest": digest, "tokens": reply.tokens, "verdict": verdict}
+    def answered(self, digest: str, reply: Reply, request: Any, **noted: Any) -> None:
+        """Write the reply to a request that was `asked`, the body of the request, and what else is `noted`."""
+        line = {"event": "answered", "digest": digest, "tokens": reply.tokens} | noted
+        line |= {name: value for name in _LISTS if (value := getattr(reply, name)) is not None}
         with self._settled(digest, reply.tokens):
             self._append(line | {"reply": reply.text, "finish_reason": reply.finish_reason, "request": request})
             self.replies[digest] = reply
-            self.not_verdicts += verdict is None
+            self.not_verdicts += noted.get("verdict", 0) is None
 
     def failed_with(self, digest: str, error: str, tokens: int) -> None:
         """Write that a request that was `asked` brought no reply, and the `tokens` it may have cost all the same."""
@@ -169,9 +177,7 @@ class Transcript:
                 self._replay(read_json(text), asked)
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 fix = "restore it, or name another transcript"
-                raise RunFolderError(
-                    "is no line of a judge's transcript", where=f"{self.path}, line {number}", fix=fix
-                ) from error
+                raise RunFolderError("is no line of a transcript", where=f"{self.path}, line {number}", fix=fix) from error
         if whole < len(content):
             logger.warning("%s: the torn last line is dropped", self.path)
             with write_errors(self.path):
@@ -187,7 +193,8 @@ class Transcript:
             return
         self.tokens += tokens - asked.pop(digest)
         if event == "answered":
-            self.replies[digest] = Reply(line["reply"], line["finish_reason"], tokens)
-            self.not_verdicts += line["verdict"] is None
+            lists = {name: tuple(map(kind, line[name])) if name in line else None for name, kind in _LISTS.items()}
+            self.replies[digest] = Reply(line["reply"], line["finish_reason"], tokens, **lists)
+            self.not_verdicts += line.get("verdict", 0) is None
         else:
             self.failed += 1
