@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from fakes import byte_tokenizer, tiny_llama
 from polyref.errors import ConfigError, DataError, ModelError
 from polyref.samplers.engine import Completion, SamplingParameters
 from polyref.samplers.local import LocalEngine
+from polyref.samplers.rows import Rows
 
 ALLOWED = (2, 40, 41)
 """The end token and two bytes: all that the enumerable model ever gives."""
@@ -61,7 +63,7 @@ def test_completions_follow_the_enumerated_law(tokenizer: PreTrainedTokenizerFas
     enumerable, n = OnlyAllowed(model), 4000
     engine = LocalEngine(enumerable, tokenizer, batch_size=500)
     (drawn,) = engine(["ab"], n, SamplingParameters(3, temperature=temperature), seed=1)
-    prompt = engine._encoder.encode_prompt("ab")
+    prompt = engine.prompt_ids("ab")
     ended = [(*body, 2) for length in range(3) for body in itertools.product(ALLOWED[1:], repeat=length)]
     support = [*ended, *itertools.product(ALLOWED[1:], repeat=3)]
 
@@ -106,7 +108,7 @@ def test_neither_batch_nor_order_nor_company_changes_a_completion(tokenizer: Pre
 def test_top_p_keeps_the_likeliest_mass(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
     engine = LocalEngine(model, tokenizer, batch_size=200)
     (drawn,) = engine(["ab"], 200, SamplingParameters(1, top_p=0.3), seed=0)
-    prompt = engine._encoder.encode_prompt("ab")
+    prompt = engine.prompt_ids("ab")
     with torch.no_grad():
         law = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).sort(descending=True)
     kept = int((law.values.cumsum(0) < 0.3).sum()) + 1
@@ -135,12 +137,106 @@ def test_the_model_is_left_as_it_was(tokenizer: PreTrainedTokenizerFast, model: 
         model.eval()
 
 
-def test_progress_counts_completions(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
-    told: list[tuple[int, int]] = []
-    LocalEngine(model, tokenizer, batch_size=4, progress=lambda *at: told.append(at))(
-        ["a", "b"], 3, SamplingParameters(2), seed=0
+def test_progress_counts_completions_and_tokens_a_second(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
+    told: list[tuple[int, int, float]] = []
+    engine = LocalEngine(OnlyAllowed(model), tokenizer, batch_size=4, progress=lambda *at: told.append(at))
+    engine(["a", "b"], 3, SamplingParameters(2), seed=0)
+    done = [at[0] for at in told]
+    assert done == sorted(set(done)) and told[-1][:2] == (6, 6) and all(total == 6 and rate > 0 for _, total, rate in told)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16])
+def test_a_batch_stays_full_and_a_prompt_is_read_once(tokenizer: PreTrainedTokenizerFast, model: Any, size: int) -> None:
+    shapes: list[tuple[int, int]] = []
+    mixed = OnlyAllowed(model)
+    mixed.register_forward_pre_hook(lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True)
+    prompts = ["a", "bb" * 20, "c" * 5, "dd"]
+    drawn = LocalEngine(mixed, tokenizer, batch_size=size)(prompts, 6, SamplingParameters(12), seed=0)
+    reads = [shape for shape in shapes if shape[1] > 1]
+    assert sum(rows for rows, _ in reads) == len(prompts)
+    steps = [rows for rows, columns in shapes if columns == 1]
+    assert sum(steps) == sum(len(completion.token_ids) - 1 for row in drawn for completion in row), "no row is dead"
+    assert max(steps) <= size and len(set(drawn_tokens(drawn)[0])) > 1
+
+
+def test_rows_forget_the_columns_that_none_of_them_needs(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
+    rows = Rows.read(model, [[1] * 30, [1, 5], [1, 5, 6]], "model")
+    short = rows.pick([1, 2, 2])
+    assert short.mask.shape == (3, 3) and short.cache.get_seq_length() == 3 and rows.cache.get_seq_length() == 30
+    joined = short.join(Rows.read(model, [[1] * 9], "model"))
+    assert joined.mask.sum(1).tolist() == [2, 3, 3, 9]
+    joined.step(torch.tensor([7, 7, 8, 8]))
+    alone = [Rows.read(model, [ids], "model").logits for ids in ([1, 5, 7], [1, 5, 6, 7], [1, 5, 6, 8], [1] * 9 + [8])]
+    assert torch.allclose(joined.logits, torch.cat(alone), atol=1e-12, rtol=0)
+
+
+def test_a_sliding_window_sees_the_same_in_any_batch(tokenizer: PreTrainedTokenizerFast) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=len(tokenizer), sliding_window=5, num_key_value_heads=2, initializer_range=0.2, **sizes)
+    torch.manual_seed(0)
+    model: Any = MistralForCausalLM(config).double().eval()
+    prompts, parameters = ["a", "b" * 9, "cd", "e" * 4], SamplingParameters(10)
+    drawn = LocalEngine(model, tokenizer, batch_size=3)(prompts, 3, parameters, seed=0)
+    for size in (1, 16):
+        assert drawn_tokens(LocalEngine(model, tokenizer, batch_size=size)(prompts, 3, parameters, seed=0)) == drawn_tokens(
+            drawn
+        )
+    prompt, completion = LocalEngine(model, tokenizer).prompt_ids("e" * 4), drawn[3][0]
+    assert completion.logp == pytest.approx(plain_logp(model, prompt, completion.token_ids), abs=1e-9)
+
+
+def test_state_that_cannot_be_joined_is_drawn_batch_by_batch(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
+    prompts, parameters = ["a", "b" * 9, "cd"], SamplingParameters(6)
+    expected = LocalEngine(model, tokenizer)(prompts, 3, parameters, seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rows, "joinable", False)
+        for size in (1, 4, 16):
+            engine = LocalEngine(model, tokenizer, batch_size=size)
+            assert drawn_tokens(engine(prompts, 3, parameters, seed=0)) == drawn_tokens(expected)
+
+
+def test_finished_prompts_are_kept_when_the_rest_fails(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
+    prompts, kept, calls = ["a", "b", "c" * 8], dict[int, list[Completion]](), [0]
+
+    def interrupt(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] > 8:
+            raise KeyboardInterrupt
+
+    whole = LocalEngine(model, tokenizer, batch_size=2)(prompts, 2, SamplingParameters(4), seed=0)
+    handle = model.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            LocalEngine(model, tokenizer, batch_size=2, finished=kept.__setitem__)(prompts, 2, SamplingParameters(4), seed=0)
+    finally:
+        handle.remove()
+    assert 0 < len(kept) < 3 and all(whole[i] == completions for i, completions in kept.items())
+
+
+def test_rounding_in_float32_changes_hardly_a_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, prompts = tiny_llama(tokenizer, seed=3), [f"{'word ' * (i % 5)}{i}" for i in range(10)]
+    one, many = (
+        drawn_tokens(LocalEngine(model, tokenizer, batch_size=size)(prompts, 5, SamplingParameters(24), seed=0))
+        for size in (1, 32)
     )
-    assert told == [(4, 6), (6, 6)]
+    same = [a == b for row, other in zip(one, many, strict=True) for a, b in zip(row, other, strict=True)]
+    assert sum(same) >= 0.99 * len(same)
+
+
+@pytest.mark.slow
+def test_rounding_in_float32_changes_hardly_a_sequence_of_a_real_model() -> None:
+    folder = os.environ.get("POLYREF_TEST_MODEL")
+    if folder is None:
+        pytest.skip("POLYREF_TEST_MODEL names no folder of a real model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [({"role": "user", "content": f"Name {i + 2} animals {'that live near water ' * (i % 3)}."},) for i in range(10)]
+    one, many = (
+        drawn_tokens(LocalEngine(model, tokenizer, batch_size=size)(prompts, 4, SamplingParameters(24), seed=0))
+        for size in (1, 16)
+    )
+    same = [a == b for row, other in zip(one, many, strict=True) for a, b in zip(row, other, strict=True)]
+    assert sum(same) >= 0.99 * len(same)
 
 
 def test_what_cannot_be_drawn_is_refused_in_one_line(tokenizer: PreTrainedTokenizerFast, model: Any) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from polyref.errors import ConfigError
 from polyref.types import Text
@@ -59,3 +60,37 @@ class Engine(Protocol):
     def __call__(
         self, prompts: Sequence[Text], n: int, parameters: SamplingParameters, *, seed: int
     ) -> list[list[Completion]]: ...
+
+
+Progress = Callable[[int, int, float], None]
+"""Called as (completions done, completions in all, tokens drawn a second so far)."""
+
+Finished = Callable[[int, list[Completion]], None]
+"""Called as (index of a prompt, its completions) as soon as all of them are drawn: what is kept if the rest fails."""
+
+
+class Collected:
+    """The completions of one call of an engine as they come, `n` for each of `prompts` prompts, and who is told of them."""
+
+    def __init__(self, prompts: int, n: int, progress: Progress | None, finished: Finished | None) -> None:
+        self._found: list[list[Completion | None]] = [[None] * n for _ in range(prompts)]
+        self._lacking, self._done, self._total = [n] * prompts, 0, n * prompts
+        self._tokens, self._start = 0, time.perf_counter()
+        self._progress, self._finished = progress, finished
+
+    def add(self, drawn: Iterable[tuple[int, int, Completion]]) -> None:
+        """Take completions as (prompt, which of its draws, completion), and tell of them if there are any."""
+        before = self._done
+        for prompt, draw, completion in drawn:
+            self._found[prompt][draw] = completion
+            self._lacking[prompt] -= 1
+            self._done += 1
+            self._tokens += len(completion.token_ids)
+            if self._finished is not None and not self._lacking[prompt]:
+                self._finished(prompt, cast(list[Completion], self._found[prompt]))
+        if self._progress is not None and self._done > before:
+            self._progress(self._done, self._total, self._tokens / max(time.perf_counter() - self._start, 1e-9))
+
+    def completions(self) -> list[list[Completion]]:
+        """All of them, once all have come."""
+        return cast(list[list[Completion]], self._found)
