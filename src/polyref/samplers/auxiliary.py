@@ -122,12 +122,13 @@ def _count(completions: Sequence[Completion], found: Drawn) -> None:
 
 
 def as_completions(prompt: Text, pairs: Sequence[Sequence[str]]) -> list[Pair]:
-    """Pairs of texts in the form that completions of `prompt` have: text, or one assistant message."""
+    """Pairs of texts, each in the form of `as_completion`."""
+    return [(as_completion(prompt, first), as_completion(prompt, second)) for first, second in pairs]
 
-    def completion(text: str) -> Text:
-        return text if isinstance(prompt, str) else ({"role": "assistant", "content": text},)
 
-    return [(completion(first), completion(second)) for first, second in pairs]
+def as_completion(prompt: Text, text: str) -> Text:
+    """`text` in the form that completions of `prompt` have: text, or one assistant message."""
+    return text if isinstance(prompt, str) else ({"role": "assistant", "content": text},)
 
 
 def other_pairs(
