@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ import torch
 import xxhash
 from scipy.stats import chisquare
 
+from fakes import byte_tokenizer, tiny_llama
 from polyref.errors import ConfigError, DataError, ModelError
-from polyref.rewards.functions import NamedReward
+from polyref.rewards.functions import NamedReward, from_function
 from polyref.samplers.engine import Completion, SamplingParameters
+from polyref.samplers.local import LocalEngine
 from polyref.samplers.proposals import draw_tilted, propose, refuse_empty
 from polyref.types import Text
 
@@ -64,6 +67,47 @@ def test_what_is_kept_has_the_law_of_the_tilt_over_rounds() -> None:
     observed = [Counter(kept)[text] for text in LAW]
     assert chisquare(observed, [2000 * w / z for w in tilt.values()]).pvalue > 0.001
     assert chisquare(observed, [2000 * p for p in LAW.values()]).pvalue < 1e-9
+
+
+class ThreeTokens(torch.nn.Module):
+    """A model whose tokens are its end and two bytes, and no other."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config, self.generation_config = model, model.config, model.generation_config
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        barred = torch.ones(output.logits.shape[-1], dtype=torch.bool)
+        barred[[2, 40, 41]] = False
+        output.logits = (3 * output.logits).masked_fill(barred, -torch.inf)
+        return output
+
+
+def test_a_language_model_is_tilted_exactly_ended_and_cut_completions_alike() -> None:
+    tokenizer = byte_tokenizer()
+    model = ThreeTokens(tiny_llama(tokenizer, seed=1).double())
+    engine, beta = LocalEngine(model, tokenizer, batch_size=500), 0.5
+    reward = from_function(lambda _, text: float(str(text).count(tokenizer.decode([40]))) / 2, "count")
+    found = draw_tilted(
+        engine, reward, ["ab"], 1000, SamplingParameters(2), beta=beta, seed=2, budget=6000, a_round=2000, r_max=[1.0]
+    )
+    refuse_empty(found)
+    kept = [completion.token_ids for proposals, some in found for completion in proposals.of(some)]
+    prompt = engine.prompt_ids("ab")
+    base = {}
+    for tokens in [(2,), *itertools.product((40, 41), (2, 40, 41))]:
+        with torch.no_grad():
+            law = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].softmax(-1)
+        base[tokens] = float(law[range(len(tokens)), list(tokens)].prod())
+    assert sum(base.values()) == pytest.approx(1)
+    tilt = np.array([p * math.exp(tokens.count(40) / 2 / beta) for tokens, p in base.items()])
+    observed = [Counter(kept)[tokens] for tokens in base]
+    assert len(kept) == 1000 == sum(observed)
+    assert chisquare(observed, 1000 * tilt / tilt.sum()).pvalue > 0.001
+    assert chisquare(observed, 1000 * np.array(list(base.values()))).pvalue < 1e-9
+    log_z = found[0][1].log_z
+    assert log_z is not None and log_z.low < math.log(tilt.sum()) < log_z.high
 
 
 def test_what_a_prompt_gets_depends_on_it_alone_and_equal_prompts_have_draws_of_their_own() -> None:
