@@ -135,13 +135,21 @@ def adapted(model: PreTrainedModel, adapter: str) -> Iterator[nn.Module]:
                 tensor.copy_(before)
 
 
-def attach_adapter(model: PreTrainedModel, adapter: str) -> Any:
-    """`model` wrapped by the PEFT adapter in folder or hub id `adapter`; ModelError where it is not one of this model."""
+def attach_adapter(model: Any, adapter: str, *, name: str = "default") -> Any:
+    """`model` wrapped by the PEFT adapter in folder or hub id `adapter`; ModelError where it is not one of this model.
+
+    A wrapped model takes further adapters, each under another `name`; the last one is switched on.
+    """
     from peft import PeftModel
 
     with loading_errors(ModelSource(adapter), "adapter"), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        wrapped = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
+        if name == "default":
+            wrapped: Any = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
+        else:
+            wrapped = model
+            wrapped.load_adapter(adapter, name, use_safetensors=True)
+            wrapped.set_adapter(name)
     if any("missing adapter keys" in str(warning.message) for warning in told):
         what, fix = "its weights are not those of an adapter of this model", "give an adapter that was trained on this model"
         raise ModelError(what, where=adapter, fix=fix)
