@@ -1,8 +1,8 @@
 """Completions drawn with a language model on this machine: prompts read once, a batch that stays full.
 
-Each sequence has its own stream of uniform numbers, made from the seed, the prompt's tokens, its place among equal prompts and
-the number of the draw; each token is found in the cumulative distribution by one of them. What else is in the batch changes a
-completion only where rounding moves a boundary across a uniform number.
+Each sequence has its own stream of randomness, made from the seed, the prompt's tokens, its place among equal prompts and the
+number of the draw. What else is in the batch changes a completion only where rounding does: how rarely is a matter of the
+coupling (`polyref.samplers.tokens`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from polyref.errors import ConfigError, DataError, ModelError
 from polyref.samplers.engine import Collected, Completion, Finished, Progress, SamplingParameters
 from polyref.samplers.rows import Rows
 from polyref.samplers.running import Draft, Request, Running
+from polyref.samplers.tokens import INVERSE, Coupling
 from polyref.types import Text
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ class LocalEngine:
     """An `Engine` on a causal language model of transformers, `batch_size` sequences at a time.
 
     `model` is put in eval mode while it draws. A prompt is read once for all its completions; those that are done make room for
-    those that wait. `progress` and `finished` are told as it goes. ConfigError for n < 1 or a batch below 1; DataError for an
-    empty prompt, or one that leaves no room for `max_new_tokens` in the model's context; ModelError for logits that are not
-    numbers.
+    those that wait. `progress` and `finished` are told as it goes; `coupling` is how randomness chooses tokens. ConfigError for
+    n < 1 or a batch below 1; DataError for an empty prompt, or one that leaves no room for `max_new_tokens` in the model's
+    context; ModelError for logits that are not numbers.
     """
 
     def __init__(
@@ -44,13 +45,14 @@ class LocalEngine:
         batch_size: int = 32,
         progress: Progress | None = None,
         finished: Finished | None = None,
+        coupling: Coupling = INVERSE,
         name: str = "local",
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}", fix="give at least 1")
         self.model, self.tokenizer, self.system_prompt = model, tokenizer, system_prompt
         self.batch_size, self.progress, self.finished, self.name = batch_size, progress, finished, name
-        self.ends = end_tokens(model, tokenizer)
+        self.coupling, self.ends = coupling, end_tokens(model, tokenizer)
         self._encoder = Encoder(tokenizer)
 
     def __call__(self, prompts: Sequence[Text], n: int, parameters: SamplingParameters, *, seed: int) -> list[list[Completion]]:
@@ -59,7 +61,7 @@ class LocalEngine:
             raise ConfigError(f"n is {n}", fix="draw at least one completion a prompt")
         ids = [self.prompt_ids(prompt) for prompt in prompts]
         self._check(ids, parameters)
-        running = Running(self._read, ids, self._requests(ids, n, seed), parameters, self.ends, self.batch_size)
+        running = Running(self._read, ids, self._requests(ids, n, seed), parameters, self.ends, self.batch_size, self.coupling)
         collected, training = Collected(len(prompts), n, self.progress, self.finished), self.model.training
         self.model.eval()
         try:

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from polyref.samplers.engine import SamplingParameters
 from polyref.samplers.rows import Rows
-from polyref.samplers.tokens import next_tokens
+from polyref.samplers.tokens import Coupling, next_tokens
 
 _REFILL = 8  # places are filled again when at least this part of the batch is free: reading prompts one by one is slow
 
 
 class Request(NamedTuple):
-    """One completion to draw: which prompt, which of its draws, and the key of the uniform numbers its tokens are found by."""
+    """One completion to draw: which prompt, which of its draws, and the key of the randomness that chooses its tokens."""
 
     prompt: int
     draw: int
@@ -30,7 +29,7 @@ class Draft:
     """What a request has drawn so far; `ended` once its last token is one that ends a completion."""
 
     request: Request
-    uniforms: np.ndarray
+    stream: Any
     token_ids: list[int] = field(default_factory=list)
     logp: float = 0.0
     drawn_logp: float = 0.0
@@ -51,9 +50,10 @@ class Running:
         parameters: SamplingParameters,
         ends: frozenset[int],
         batch_size: int,
+        coupling: Coupling,
     ) -> None:
         self._read, self._ids, self._waiting, self._parameters = read, ids, deque(requests), parameters
-        self._ends, self._batch_size = ends, batch_size
+        self._ends, self._batch_size, self._coupling = ends, batch_size, coupling
         self._drafts: list[Draft] = []
         self._rows: Rows | None = None
         self._held: dict[int, Rows] = {}  # the prompt whose requests are under way in part, read already
@@ -66,8 +66,8 @@ class Running:
         """Fill free places, let every row draw a token, and give back those that are done with it."""
         self._admit()
         assert self._rows is not None
-        steps = np.array([draft.uniforms[len(draft.token_ids)] for draft in self._drafts])
-        tokens, own, law = next_tokens(self._rows.logits, torch.from_numpy(steps).to(self._rows.mask.device), self._parameters)
+        streams, steps = [draft.stream for draft in self._drafts], [len(draft.token_ids) for draft in self._drafts]
+        tokens, own, law = next_tokens(self._rows.logits, streams, steps, self._parameters, self._coupling)
         for draft, token, logp, drawn_logp in zip(self._drafts, tokens.tolist(), own.tolist(), law.tolist(), strict=True):
             draft.token_ids.append(token)
             draft.logp += logp
@@ -94,8 +94,7 @@ class Running:
             return
         some = [self._waiting.popleft() for _ in range(room)]
         for request in some:
-            uniforms = np.random.Generator(np.random.Philox(key=request.key)).random(self._parameters.max_new_tokens)
-            self._drafts.append(Draft(request, uniforms))
+            self._drafts.append(Draft(request, self._coupling.stream(request.key, self._parameters.max_new_tokens)))
         for rows in self._ready([request.prompt for request in some]):
             self._rows = rows if self._rows is None else self._rows.join(rows)
 
