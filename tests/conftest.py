@@ -27,3 +27,10 @@ def shared_data() -> Path:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level, 260 tokens, with <pad>, <bos>, <eos> and a ChatML-like template."""
     return byte_tokenizer()
+
+
+@pytest.fixture
+def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy of the environment stands between a test and 127.0.0.1."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")

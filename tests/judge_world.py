@@ -34,8 +34,8 @@ Answer = tuple[int, dict[str, str], bytes] | None
 
 
 @contextmanager
-def listening(answer: Callable[[dict[str, Any], World], Answer]) -> Iterator[World]:
-    """A server on a free port of 127.0.0.1 that replies to each POST what `answer` makes of its JSON body."""
+def listening(answer: Callable[[dict[str, Any], World], Answer], *, port: int = 0) -> Iterator[World]:
+    """A server on a free port of 127.0.0.1, or on `port`, that replies to each POST what `answer` makes of its JSON body."""
     world, lock, under_way = World(), threading.Lock(), [0]
 
     class Handler(BaseHTTPRequestHandler):
@@ -80,7 +80,7 @@ def listening(answer: Callable[[dict[str, Any], World], Answer]) -> Iterator[Wor
         def handle_error(self, *_: object) -> None:
             pass
 
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", port), Handler)
     world.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

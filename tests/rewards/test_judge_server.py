@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +12,7 @@ from fakes import byte_tokenizer, saved_llama
 from judge_world import HOSTILE, faulty, lines, settings
 from polyref.errors import ModelError
 from polyref.rewards.judge import Judge
+from served_world import transformers_serve
 
 pytestmark = pytest.mark.usefixtures("loopback")
 
@@ -54,30 +49,11 @@ def saved_verdict_model(folder, text):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The address of `transformers serve`, a random model and one that keeps to the form."""
-    pytest.importorskip("uvicorn", reason="the extra transformers[serving] is not installed")
     folder = tmp_path_factory.mktemp("served")
     noise = str(saved_llama(folder / "noise", byte_tokenizer(), max_position_embeddings=8192))
     keeps = saved_verdict_model(folder / "keeps", "VERDICT: 73")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "home")}
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen([*command, "--device", "cpu"], stdout=log, stderr=log, env=environment)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1", noise, keeps
-    finally:
-        process.terminate()
-        process.wait(30)
+    with transformers_serve(folder) as url:
+        yield url, noise, keeps
 
 
 @pytest.mark.slow
