@@ -40,7 +40,7 @@ def draw_mixture(members: Sequence[Member], tasks: Sequence[Task], budgets: Sequ
         return [Outcome(drawn.sample, drawn.calls) for drawn in propose_mixture(members, tasks, requests, plan)]
 
     drawn = draw_accepted("mixture", propose, len(members) * plan.max_new_tokens, budgets, plan)
-    return drawn if plan.by_text else [replace(some, mass=Interval(1.0, 1.0, 1.0)) for some in drawn]
+    return drawn if plan.by_text else [replace(some, log_mass=Interval(0.0, 0.0, 0.0)) for some in drawn]
 
 
 def propose_mixture(

@@ -5,6 +5,8 @@
 | mixture | M_a = sum_i a_i pi_i | yes | any |
 | rejection | G_a = prod_i pi_i^{a_i} / F_a | yes | any |
 | tokens | G_a | yes | of one tokenizer |
+| smc | G_a | no: weighted, consistent | of one tokenizer |
+| auto | either | where the budget allows | any |
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from polyref.data.sources import prompt_key
 from polyref.errors import ConfigError, ModelError, ReferenceSetError
 from polyref.references.compose import check_weights
 from polyref.samplers.arithmetic import draw_mixture
+from polyref.samplers.composed_auto import draw_auto
 from polyref.samplers.composed_values import Drawn, Method, Plan, Task
 from polyref.samplers.engine import SamplingParameters
 from polyref.samplers.geometric import draw_rejection
 from polyref.samplers.geometric_tokens import draw_tokens
 from polyref.samplers.members import Member, Members
+from polyref.samplers.smc import draw_smc
 from polyref.types import Text
 
 METHODS: Final[Mapping[str, tuple[str, bool, Method]]] = MappingProxyType(
@@ -32,6 +36,7 @@ METHODS: Final[Mapping[str, tuple[str, bool, Method]]] = MappingProxyType(
         "mixture": ("arithmetic", False, draw_mixture),
         "rejection": ("geometric", False, draw_rejection),
         "tokens": ("geometric", True, draw_tokens),
+        "smc": ("geometric", True, draw_smc),
     }
 )
 """By name: the composition drawn from, whether members must have one tokenizer, and what draws."""
@@ -47,7 +52,7 @@ def draw_composed(
     parameters: SamplingParameters,
     *,
     seed: int,
-    method: str,
+    method: str = "auto",
     weights: Sequence[Sequence[float] | None] | None = None,
     budget: int | None = None,
     fixed: bool = False,
@@ -64,7 +69,7 @@ def draw_composed(
     Raises ConfigError for settings out of range, a method that is not one of the composition, temperature or top_p other than
     1; ReferenceSetError for weights off the simplex, of members not loaded, and for a method of tokens with several tokenizers.
     """
-    draw = _method(members, method)
+    draw = _method(members, method, fixed)
     if parameters.temperature != 1 or parameters.top_p != 1:
         what = f"temperature is {parameters.temperature} and top_p {parameters.top_p}"
         raise ConfigError(what, fix="leave both at 1: a composition is of the members' own laws")
@@ -88,9 +93,15 @@ def draw_composed(
     return [found[i] for i in range(len(prompts))]
 
 
-def _method(members: Members, method: str) -> Method:
+def _method(members: Members, method: str, fixed: bool) -> Method:
+    if method == "auto":
+        if fixed:
+            raise ConfigError("fixed is set, and the method is auto", fix="name a method, or leave fixed out")
+        if members.composition == "arithmetic":
+            return draw_mixture
+        return draw_auto if members.one_tokenizer else draw_rejection
     if method not in METHODS:
-        raise ConfigError(f"unknown method {method!r}", fix=f"use one of {', '.join(METHODS)}")
+        raise ConfigError(f"unknown method {method!r}", fix=f"use one of auto, {', '.join(METHODS)}")
     composition, by_token, draw = METHODS[method]
     if composition != members.composition:
         names = ", ".join(name for name, (other, _, _) in METHODS.items() if other == members.composition)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from polyref.objectives.metrics import Interval
-from polyref.samplers.composed_values import Drawn, Plan, Sample
+from polyref.samplers.composed_values import Drawn, Plan, Sample, log_interval
 from polyref.samplers.weights import acceptance_rate
 
 
@@ -60,7 +60,8 @@ def _drawn(method: str, history: Sequence[Outcome], budget: int, plan: Plan) -> 
     mass = acceptance_rate(k, made, stopped=stopped) if made else Interval(math.nan, 0.0, 1.0)
     calls = sum(outcome.calls for outcome in history)
     short = made < plan.n if plan.fixed else k < plan.n
-    return Drawn(method, samples, made, k, mass, calls, True, _note(k, made, budget, plan, mass) if short else "")
+    note = _note(k, made, budget, plan, mass) if short else ""
+    return Drawn(method, samples, made, k, log_interval(mass), calls, True, note)
 
 
 def _note(accepted: int, made: int, budget: int, plan: Plan, mass: Interval) -> str:

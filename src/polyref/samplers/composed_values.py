@@ -38,16 +38,16 @@ class Drawn:
     """What was drawn for a prompt, and what it took.
 
     `samples` follow the composition: exactly and independently if `exact`, else as weighted ones, whose sum over
-    exp(log_weight) f(y) / `proposals` has mean F_a E f(y). `mass` is what the composition sums to before it is normalised, with
-    a 95% interval: F_a for a geometric one. `calls` counts completion tokens passed through members; the prompts' own, read
-    once a batch, come on top. `note` says what is missing, "" where nothing is.
+    exp(log_weight) f(y) / `proposals` has mean F_a E f(y). `log_mass` is the log of what the composition sums to before it is
+    normalised, with a 95% interval: log F_a for a geometric one. `calls` counts completion tokens passed through members; the
+    prompts' own, read once a batch, come on top. `note` says what is missing, "" where nothing is.
     """
 
     method: str
     samples: tuple[Sample, ...]
     proposals: int
     accepted: int
-    mass: Interval
+    log_mass: Interval
     calls: int
     exact: bool
     note: str = ""
@@ -63,9 +63,14 @@ class Drawn:
         return float(effective_size(torch.tensor([sample.log_weight for sample in self.samples], dtype=torch.float64)))
 
     @property
-    def log_mass(self) -> Interval:
-        """`mass` in nats; its mean is biased low where that of `mass` is unbiased."""
-        return Interval(*(math.log(value) if value > 0 else -math.inf if value == 0 else math.nan for value in self.mass))
+    def mass(self) -> Interval:
+        """exp of `log_mass`, at most 1. Its mean is the unbiased estimate, where there is one; `log_mass` is biased low."""
+        return Interval(*(math.exp(value) for value in self.log_mass))
+
+
+def log_interval(interval: Interval) -> Interval:
+    """The logs of an estimate and its interval, -inf of 0 and NaN of NaN."""
+    return Interval(*(math.log(value) if value > 0 else -math.inf if value == 0 else math.nan for value in interval))
 
 
 class Task(NamedTuple):

@@ -1,0 +1,42 @@
+"""The geometric composition by the method that a pilot recommends: exact draws where they are affordable, particles elsewhere.
+
+The pilot makes some token proposals whose random numbers nothing else uses, so that what follows is as exact, and its estimate
+of F_a as unbiased, as if the method had been chosen beforehand. Its calls are part of the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from polyref.samplers.composed_values import Drawn, Plan, Task
+from polyref.samplers.geometric_tokens import draw_tokens
+from polyref.samplers.members import Member
+from polyref.samplers.smc import draw_smc
+
+PILOT = 16
+"""Proposals of a pilot, at most; it may take a quarter of the budget."""
+
+
+def draw_auto(members: Sequence[Member], tasks: Sequence[Task], budgets: Sequence[int], plan: Plan) -> list[Drawn]:
+    """Token proposals for the tasks whose pilot promises n acceptances within the budget, sequential Monte Carlo for others."""
+    quarters = [budget // 4 for budget in budgets]
+    own = [task._replace(key=f"pilot {task.key}") for task in tasks]
+    pilots = draw_tokens(members, own, quarters, plan._replace(n=PILOT, fixed=True))
+    left = [budget - pilot.calls for budget, pilot in zip(budgets, pilots, strict=True)]
+    affordable = [_promised(pilot, plan.n) <= some for pilot, some in zip(pilots, left, strict=True)]
+    found: dict[int, Drawn] = {}
+    for exact, draw in ((True, draw_tokens), (False, draw_smc)):
+        some = [i for i, yes in enumerate(affordable) if yes == exact]
+        drawn = draw(members, [tasks[i] for i in some], [left[i] for i in some], plan) if some else []
+        for i, one in zip(some, drawn, strict=True):
+            found[i] = replace(one, calls=one.calls + pilots[i].calls)
+    return [found[i] for i in range(len(tasks))]
+
+
+def _promised(pilot: Drawn, n: int) -> float:
+    """The calls that n acceptances will take; infinite where the budget did not cover a pilot."""
+    if not pilot.proposals:
+        return float("inf")
+    rate = (pilot.accepted + 0.5) / (pilot.proposals + 1)
+    return n / rate * pilot.calls / pilot.proposals
