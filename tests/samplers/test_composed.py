@@ -183,6 +183,8 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(members):
     for wrong in ({"n": 0}, {"batch_size": 0}, {"budget": 0}):
         with pytest.raises(ConfigError, match="at least 1 of each"):
             draw(members, **wrong)
+    with pytest.raises(ConfigError, match="2 rows of weights for 1 prompts"):
+        draw(members, weights=[None, None])
     with pytest.raises(ReferenceSetError, match="not on the simplex"):
         draw(members, weights=[(0.5, 0.1, 0.1)])
     with pytest.raises(ReferenceSetError, match="reference 2 has weight for a prompt, but is not loaded"):

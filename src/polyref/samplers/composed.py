@@ -73,6 +73,10 @@ def draw_composed(
     if parameters.temperature != 1 or parameters.top_p != 1:
         what = f"temperature is {parameters.temperature} and top_p {parameters.top_p}"
         raise ConfigError(what, fix="leave both at 1: a composition is of the members' own laws")
+    if weights is not None and len(weights) != len(prompts):
+        raise ConfigError(
+            f"{len(weights)} rows of weights for {len(prompts)} prompts", fix="give one row a prompt, or None for it"
+        )
     if n < 1 or batch_size < 1 or (budget is not None and budget < 1):
         what = f"n is {n}, batch_size {batch_size}, budget {budget}"
         raise ConfigError(what, fix="give at least 1 of each")
