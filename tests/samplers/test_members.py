@@ -97,6 +97,17 @@ def test_caches_in_step_are_what_reading_alone_gives_however_rows_are_picked(tin
         torch.testing.assert_close(law[row], token_logps(members, prompt, [*tokens, 2])[-1])
 
 
+def test_a_padded_vocabulary_composes_over_what_all_members_have(tiny_tokenizer):
+    size = len(tiny_tokenizer)
+    models = (tiny_llama(tiny_tokenizer, vocab_size=size + 4), tiny_llama(tiny_tokenizer))
+    members = load_members(ReferenceSet(tuple(Reference(model, tokenizer=tiny_tokenizer) for model in models)))
+    with members.drawing():
+        law = LockStep([m for m in members.members if m is not None], [[(1, 40), (1, 40)]]).law
+    assert law.shape == (1, size, 2)
+    padded, whole = law.exp().sum(1)[0].tolist()
+    assert padded < 0.999 and whole == pytest.approx(1), "what is beyond the common part is mass that composing loses"
+
+
 def test_scores_are_what_reading_alone_gives_in_any_batch(tiny_tokenizer):
     member = load_members(ReferenceSet((Reference(tiny_llama(tiny_tokenizer).double(), tokenizer=tiny_tokenizer),))).members[0]
     assert member is not None
