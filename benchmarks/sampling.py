@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--data", default="../shared/data/pandalm-human/pairs.jsonl.gz")
-    parser.add_argument("--prompts", type=int, default=16, help="of a turn")
+    parser.add_argument("--prompts", type=int, default=12, help="of a turn")
     parser.add_argument("--n", type=int, default=8, help="completions of each")
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--batch_size", type=int, default=32)
