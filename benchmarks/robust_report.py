@@ -44,6 +44,7 @@ def write(tier: Tier, name: str, runs: Sequence[tuple[str, str, int]]) -> None:
     }
     write_bytes(RESULTS / f"robust_study_{name}.json", (json.dumps(content, indent=1) + "\n").encode())
     figure(rows, corruptions, arms, RESULTS / f"robust_study_{name}.png")
+    frontier(rows, corruptions, RESULTS / f"robust_study_{name}_kl.png")
     print(markdown(rows, corruptions, arms))
 
 
@@ -51,7 +52,9 @@ def row_of(tier: Tier, prompts: Sequence[Text], arm: str, corruption: str, seeds
     """One arm under one corruption over all seeds; intervals are from a bootstrap over prompts, seeds of a prompt together."""
     found = [json.loads(tier.file("policy", arm, corruption, seed).read_text()) for seed in seeds]
     base = [json.loads(tier.file("policy", BASELINE, corruption, seed).read_text()) for seed in seeds]
+    start = [json.loads(tier.file("start", seed).read_text()) for seed in seeds]
     outcomes = [_outcomes(a["gold"], b["gold"]) for a, b in zip(found, base, strict=True)]
+    over_start = [_outcomes(a["gold"], b["gold"]) for a, b in zip(found, start, strict=True)]
     clusters = [prompt for _ in seeds for prompt in prompts]
     gains = [np.mean(a["gold"], 1) - np.mean(b["gold"], 1) for a, b in zip(found, base, strict=True)]
     by_seed = [float(outcome.mean()) for outcome in outcomes]
@@ -61,6 +64,7 @@ def row_of(tier: Tier, prompts: Sequence[Text], arm: str, corruption: str, seeds
         "corruption": corruption,
         "win_rate_over_plain": list(win_rate(np.concatenate(outcomes), clusters, seed=0).rate),
         "win_rate_by_seed": by_seed,
+        "win_rate_over_start": list(win_rate(np.concatenate(over_start), clusters, seed=0).rate),
         "gold_over_plain": list(mean_interval(np.concatenate(gains), ids, seed=0)),
         "gold": list(mean_interval(np.concatenate([np.mean(a["gold"], 1) for a in found]), ids, seed=0)),
         "kl": list(mean_interval(np.concatenate([np.mean(a["log_ratio"], 1) for a in found]), ids, seed=0)),
@@ -134,5 +138,25 @@ def figure(rows: Sequence[dict[str, Any]], corruptions: Sequence[str], arms: Seq
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].invert_yaxis()
     drawing.supxlabel("gold win rate over plain DPO, %", fontsize=10)
+    drawing.savefig(path, dpi=150)
+    plt.close(drawing)
+
+
+def frontier(rows: Sequence[dict[str, Any]], corruptions: Sequence[str], path: Path) -> None:
+    """A panel for each corruption: the win rate over the start against the KL that it took, an arm a point."""
+    size = (0.8 + 2.6 * len(corruptions), 3.4)
+    drawing, axes = plt.subplots(1, len(corruptions), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, corruption in zip(axes[0], corruptions, strict=True):
+        for number, row in enumerate(row for row in rows if row["corruption"] == corruption):
+            mean, low, high = (100 * value for value in row["win_rate_over_start"])
+            marks = {"color": f"C{number % 10}", "marker": "osD^vP*X<>"[number % 10], "label": row["arm"]}
+            axis.errorbar(row["kl"][0], mean, [[mean - low], [high - mean]], linestyle="none", elinewidth=0.8, **marks)
+        axis.set_title(corruption, fontsize=10)
+        axis.tick_params(labelsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("gold win rate over the start, %", fontsize=10)
+    drawing.supxlabel("KL to the start, nats", fontsize=10)
+    names = axes[0][0].get_legend_handles_labels()
+    drawing.legend(*names, loc="outside right center", fontsize=9, frameon=False)
     drawing.savefig(path, dpi=150)
     plt.close(drawing)

@@ -130,6 +130,13 @@ def train_policy(tier: Tier, arm: str, corruption: str, seed: int) -> None:
     write_bytes(tier.file("policy", arm, corruption, seed), json.dumps(content).encode())
 
 
+def judge_start(tier: Tier, seed: int) -> None:
+    """What the gold says of the starting policy, on the random numbers of that seed."""
+    _quiet()
+    content = judged(tier, load_causal_lm(ModelSource(tier.policy)), seed)
+    write_bytes(tier.file("start", seed), json.dumps(content).encode())
+
+
 def training_records(tier: Tier, pool: Pool, arm: str, corruption: str, seed: int) -> list[PreferenceRecord]:
     """The labelled pairs, with what the arm needs beside them."""
     records = labelled(pool, corruption, seed)

@@ -29,7 +29,7 @@ import numpy as np
 import robust_report
 from robust_data import CORRUPTIONS, draw_pool, human_splits, load_pool, save_pool, with_gold
 from robust_gold import GoldReward
-from robust_runs import ARMS, Tier, fit_auxiliary, train_policy
+from robust_runs import ARMS, Tier, fit_auxiliary, judge_start, train_policy
 
 from polyref.files import atomic_write, write_bytes
 from polyref.samplers.engine import SamplingParameters
@@ -63,6 +63,8 @@ def main() -> None:
     print(f"{len(waiting['policy'])} of {len(runs)} runs to do, about {minutes:.0f} minutes and 10 to prepare", flush=True)
     prepare(tier, arguments)
     everything(fit_auxiliary, tier, waiting["auxiliary"], arguments.processes)
+    starts = [(seed,) for seed in arguments.seeds if not tier.file("start", seed).exists()]
+    everything(judge_start, tier, starts, arguments.processes)
     everything(train_policy, tier, waiting["policy"], arguments.processes)
     robust_report.write(tier, arguments.tier, runs)
 
@@ -87,7 +89,7 @@ def make_tier(arguments: argparse.Namespace) -> Tier:
     backbone, folder = str(arguments.pocket / "harmless"), str(arguments.output_dir / arguments.tier)
     if arguments.tier == "pocket":
         return Tier(backbone, backbone, arguments.gold, folder, 2, 3e-4, 8, 96, 20)
-    return Tier(arguments.model, backbone, arguments.gold, folder, 1, 2e-4, 4, 40, 32, lora_layers=8)
+    return Tier(arguments.model, backbone, arguments.gold, folder, 2, 5e-4, 4, 40, 32, lora_layers=8)
 
 
 def prepare(tier: Tier, arguments: argparse.Namespace) -> None:

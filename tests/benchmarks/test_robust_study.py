@@ -132,6 +132,9 @@ def test_every_kind_of_arm_trains_and_is_judged(
     (folder / "held_out.json").write_text(json.dumps(pool.prompts[:3]))
     (folder / "gold.json").write_text(json.dumps({"weights": [2.0]}))
     tier = study.robust_runs.Tier(policy, policy, "", str(folder), 1, 1e-3, 4, 5, 20)
+    study.robust_runs.judge_start(tier, 0)
+    start = json.loads(tier.file("start", 0).read_text())
+    assert np.abs(start["log_ratio"]).max() < 1e-4, "drawn and scored by one model"
     for name in ("sigmoid", arm):
         study.robust_runs.fit_auxiliary(tier, "clean", 0)
         study.robust_runs.train_policy(tier, name, "clean", 0)
@@ -145,4 +148,5 @@ def test_every_kind_of_arm_trains_and_is_judged(
     table = study.robust_report.markdown([plain, row], ["clean"], ["sigmoid", arm])
     assert table.count("\n") == 3 and arm in table
     study.robust_report.figure([plain, row], ["clean"], ["sigmoid", arm], tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 1000
+    study.robust_report.frontier([plain, row], ["clean"], tmp_path / "frontier.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("figure", "frontier"))
