@@ -46,8 +46,8 @@ class ServerEngine:
     them; else the ids are the canonical tokenisation of the text, and the `scorer`, if there is one, gives the rest (see
     `polyref.samplers.rescore`). `progress`, `finished` and `scorer` are called one at a time, in the threads that ask. Safe to
     interrupt and to kill: a new run asks for what is lacking. ConfigError for n < 1 or a spent budget; DataError for a prompt
-    that the server refuses; ModelError for a server that cannot be reached, refuses key or model, or cuts a completion short for
-    a reason of its own.
+    that the server refuses; ModelError for a server that cannot be reached, refuses key or model, or cuts a completion short
+    for a reason of its own.
     """
 
     def __init__(
