@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from cli_world import World, assert_ends_in_one_line, assert_one_line, some_rows
+from cli_world import World, assert_ends_in_one_line, assert_one_line, assert_refused, some_rows
 from judge_world import judging
 from polyref.cli import auxiliary_stages
-from polyref.cli.preference_source import KINDS
+from polyref.cli.auxiliary_summary import agreement
+from polyref.cli.preference_source import KINDS, RewardSource
 from polyref.data.sources import load_preferences
+from polyref.rewards.reward_settings import read_reward_settings, write_reward_settings
+from polyref.types import PreferenceRecord
 
 
 def summary_of(world: World, run: str = "auxiliary") -> dict[str, Any]:
@@ -84,7 +88,8 @@ def test_votes_of_others_judge_other_pairs_of_the_prompt(world: World) -> None:
     pairs = [("a", "b"), ("a", "c"), ("b", "c"), ("c", "d")]
     votes = [{"prompt": x, "chosen": a, "rejected": b, "chosen_probability": 0.75} for x in "xy" for a, b in pairs]
     world.pairs(*({"prompt": x, "chosen": "b", "rejected": "a"} for x in "xy"))
-    source = {"votes": world.pairs(*votes, name="votes.jsonl"), "reward": None, "sampling_policy": None}
+    file = world.pairs(*votes, name="votes.jsonl")
+    source = {"votes": file, "reward": None, "sampling_policy": None, "max_new_tokens": None}
     outcome = world.run(world.auxiliary(**source, pairs=3, file_name="pairs.parquet"))
     assert outcome.code == 0, outcome.err
     for record in load_preferences(world.path / "auxiliary" / "pairs.parquet"):
@@ -93,6 +98,36 @@ def test_votes_of_others_judge_other_pairs_of_the_prompt(world: World) -> None:
     assert "completions_drawn" not in summary_of(world)
     refused = world.run(world.auxiliary(**source, pairs=4, output_dir=world.path / "more"))
     assert_one_line(refused, ["row 1: its prompt has 3 other pairs with votes, and 4 are needed", "lower pairs"])
+    source["output_dir"] = world.path / "more"
+    assert_refused(world, world.auxiliary(**source, data=file), ["votes and data are one source", "other annotators"])
+    assert_refused(world, world.auxiliary(**source | {"redraws": 3}), ["redraws has no effect with votes", "leave it out"])
+    world.pairs(*votes[:2], {"prompt": "x", "chosen": "b", "rejected": "c"}, name="votes.jsonl")
+    assert_refused(world, world.auxiliary(**source), ["votes.jsonl, row 3, column chosen_probability: is missing", "share"])
+
+
+def test_what_a_soft_label_prefers_may_be_the_rejected_completion() -> None:
+    pairs = ((0.2, 0.3), (0.75, 0.9), (0.5, 0.9), (None, 0.6))
+    records = [PreferenceRecord("x", "a", "b", chosen_probability=z, predicted_probability=g) for z, g in pairs]
+    found = agreement(records)
+    assert found["mean"] == pytest.approx((0.7 + 0.9 + 0.5 + 0.6) / 4)
+    assert found["accuracy"] == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+
+
+def test_a_reward_is_known_by_all_that_its_values_depend_on(world: World) -> None:
+    answers = world.file("answers.jsonl", '{"prompt": "x", "answer": "1"}')
+    source = RewardSource(f"rule:exact_answer:{answers}")
+    before = source.fingerprint
+    world.file("answers.jsonl", '{"prompt": "x", "answer": "2"}')
+    assert source.fingerprint != before
+
+    assert world.run(world.reward(lora={"r": 2}, max_steps=1, output_dir=world.path / "reward")).code == 0
+    adapter = world.path / "reward" / "model"
+    for source in (RewardSource(str(world.model), adapter=str(adapter)), RewardSource(str(adapter))):
+        before = source.fingerprint
+        kept = read_reward_settings(adapter)
+        assert kept is not None
+        write_reward_settings(adapter, replace(kept, temperature=(kept.temperature or 1.0) + 1))
+        assert source.fingerprint != before
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("auxiliary_*.yaml"))

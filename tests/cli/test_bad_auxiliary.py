@@ -25,6 +25,12 @@ from fakes import byte_tokenizer, saved_llama
             "fewer folds",
         ),
         "a temperature of 0": ({"reward": {"model": "rule:length", "temperature": 0}}, "temperature of rule:length is 0"),
+        "an ensemble of none": ({"reward": None, "ensemble": []}, "the ensemble has no member", "at least one"),
+        "a rule with settings of a model": (
+            {"reward": {"model": "rule:length", "max_length": 9}},
+            "max_length has no effect on rule:length",
+            "leave it out",
+        ),
         "no such rule": ({"reward": {"model": "rule:beauty"}}, "there is no rule 'rule:beauty'", "choose one of"),
         "no such reward model": ({"reward": {"model": "./absent"}}, "no such folder"),
         "no such sampling policy": ({"sampling_policy": {"members": [{"model": "./absent"}]}}, "no such folder"),
@@ -50,6 +56,12 @@ def test_what_is_wrong_is_said_in_one_line(given: dict[str, Any], says: tuple[st
     outcome = world.run(world.auxiliary(**{"prompts_at_once": 32} | given))
     assert_ends_in_one_line(outcome, *says)
     assert not (world.path / "auxiliary").exists() or not list((world.path / "auxiliary").iterdir())
+
+
+def test_settings_of_a_fit_are_refused_before_anything_is_drawn(world: World) -> None:
+    for name, value in (("epochs", 0), ("learning_rate", -1.0), ("batch_size", 0)):
+        words = world.auxiliary(reward=None, cross_encoder={"model": str(world.model), "folds": 2, name: value})
+        assert_refused(world, words, [f"{name} {value}", "learning_rate is above 0"])
 
 
 def test_a_margin_is_refused_before_anything_is_drawn(world: World) -> None:

@@ -276,6 +276,9 @@ def test_rows_that_cannot_be_scored_are_named(tiny_tokenizer: PreTrainedTokenize
         RewardModel(model, tiny_tokenizer, max_length=4, device="cpu")(["a long prompt"], ["b"])
     with pytest.raises(ConfigError, match="max_length"):
         RewardModel(model, tiny_tokenizer, max_length=1, device="cpu")
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match=f"batch_size is {size}"):
+            RewardModel(model, tiny_tokenizer, batch_size=size, device="cpu")
     torch.nn.init.constant_(model.score.weight, torch.nan)
     with pytest.raises(ModelError, match="not finite|gave nan"):
         RewardModel(model, tiny_tokenizer, device="cpu")(["a"], ["b"])

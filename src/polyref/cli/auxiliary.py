@@ -45,7 +45,7 @@ def run(settings: Namespace) -> None:
     own = AuxiliarySettings(**pick(values, AuxiliarySettings))
     source = PreferenceSource(**pick(values, PreferenceSource))
     data = DataSettings(**pick(values, DataSettings))
-    _check(own, source)
+    _check(own, source, data)
     make_auxiliary(own, source, data, {k: v for k, v in values.items() if k not in ("config", "output_dir")})
 
 
@@ -62,6 +62,7 @@ def make_auxiliary(
         complete = _complete(folder, own)
         records, held_out = data.load(own.prompt_format)
         votes = load_preferences(source.votes, prompt_format=own.prompt_format) if source.votes is not None else []
+        _check_shares(votes)
         inputs = _inputs(own, source, records, held_out, votes)
         refuse_changed(folder, inputs, "write")
         kept = _with_room(own, records)
@@ -85,17 +86,32 @@ def make_auxiliary(
         return result
 
 
-def _check(own: AuxiliarySettings, source: PreferenceSource) -> None:
-    """What the settings of both cannot mean together."""
+def _check(own: AuxiliarySettings, source: PreferenceSource, data: DataSettings) -> None:
+    """What the settings cannot mean together."""
     from polyref.samplers.references import check_mixture
 
     if source.kind == "votes" and own.sampling_policy is not None:
         what = "votes are on pairs that exist, and a sampling_policy would draw others"
         raise ConfigError(what, fix="leave sampling_policy out, or take another preference model")
+    if source.kind == "votes" and own.of_drawing:
+        raise ConfigError(f"{own.of_drawing[0]} has no effect with votes, as nothing is drawn", fix="leave it out")
+    if source.votes is not None and Path(source.votes).resolve() == Path(data.data).resolve():
+        what = "votes and data are one source, and g would hold the labels that it corrects"
+        raise ConfigError(what, where=source.votes, fix="give the votes of other annotators")
     if source.kind != "votes" and own.sampling_policy is None:
         raise ConfigError("there is no sampling_policy", fix="name what the completions of the data were drawn from")
     if own.sampling_policy is not None:
         check_mixture(own.sampling_policy)
+
+
+def _check_shares(votes: Records) -> None:
+    """RowError for a vote without a share: read as a label, it would be a g that is sure."""
+    from polyref.data.records import RowError
+
+    for vote in votes:
+        if vote.chosen_probability is None:
+            fix = "give the share of the annotators who preferred chosen"
+            raise RowError("is missing", source=vote.source, row=vote.row, column="chosen_probability", fix=fix)
 
 
 def _complete(folder: RunFolder, own: AuxiliarySettings) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ MAY_CHANGE = ("leave_out", *(f"judge.{name}" for name in _BUDGET))
 """A judge that gave up, or whose budget is spent, may be asked on: what it said is kept."""
 
 _TAKEN = ("metrics.jsonl", "judge.jsonl")
+_OF_DRAWING = ("member_per", "max_new_tokens", "temperature", "top_p", "redraws", "batch_size", "leave_out")
 
 
 @dataclass
@@ -76,6 +77,12 @@ class AuxiliarySettings:
     def parameters(self) -> SamplingParameters:
         """How completions are drawn."""
         return SamplingParameters(self.max_new_tokens, self.temperature, self.top_p)
+
+    @property
+    def of_drawing(self) -> list[str]:
+        """Settings that are not the usual ones and have no effect where nothing is drawn."""
+        usual = {field.name: field.default for field in fields(self)}
+        return [name for name in _OF_DRAWING if getattr(self, name) != usual[name]]
 
     @property
     def held_out_name(self) -> str:

@@ -73,19 +73,21 @@ def drawing_summary(records: Sequence[PreferenceRecord], totals: Totals | None) 
 
 
 def agreement(records: Sequence[PreferenceRecord]) -> dict[str, float]:
-    """How g agrees with the labels z: its mean on the data pairs, mean log loss in nats, and share on the label's side.
+    """How g agrees with the labels z: mean probability of what the label prefers, log loss in nats, share on the label's side.
 
-    Log loss is -z log g - (1-z) log(1-g), g kept 1e-6 from 0 and 1; 0.693 is that of g = 1/2. Ties count one half.
+    Log loss is -z log g - (1-z) log(1-g), g kept 1e-6 from 0 and 1; 0.693 is that of g = 1/2. Ties, and labels that prefer
+    neither, count one half.
     """
-    losses, right = [], []
+    given, losses, right = [], [], []
     for record in records:
         label = 1.0 if record.chosen_probability is None else record.chosen_probability
         g = float(record.predicted_probability or 0.0)
+        given.append(0.5 if label == 0.5 else g if label > 0.5 else 1 - g)
         near = min(max(g, _SURE), 1 - _SURE)
         losses.append(-label * math.log(near) - (1 - label) * math.log(1 - near))
         right.append(0.5 if label == 0.5 or g == 0.5 else float((g > 0.5) == (label > 0.5)))
     return {
-        "mean": fmean(float(record.predicted_probability or 0.0) for record in records),
+        "mean": fmean(given),
         "log_loss": fmean(losses),
         "accuracy": fmean(right),
     }

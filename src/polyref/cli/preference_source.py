@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,16 +85,26 @@ class RewardSource:
     max_length: int | None = None
     batch_size: int = 8
 
+    def check(self) -> None:
+        """ConfigError for a temperature that is none, and for settings of a model where it is a rule."""
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"the temperature of {self.model} is {self.temperature}", fix="give a number above 0")
+        others = (field for field in fields(self) if field.name not in ("model", "temperature"))
+        ignored = [field.name for field in others if getattr(self, field.name) != field.default]
+        if self.model.startswith("rule:") and ignored:
+            raise ConfigError(f"{ignored[0]} has no effect on {self.model}", fix="leave it out")
+
     @property
     def fingerprint(self) -> str:
-        """Of the weights and what is kept beside them; a rule is its name."""
+        """Of the weights and what is kept beside them, or of a rule with the data it reads."""
         from polyref.rewards.classifier import is_adapter
         from polyref.rewards.reward_settings import read_reward_settings
+        from polyref.rewards.rules import rule
         from polyref.scoring.models import adapter_fingerprint, weights_fingerprint
 
         if self.model.startswith("rule:"):
-            return self.model
-        beside = str(read_reward_settings(self.model, self.revision))
+            return rule(self.model).fingerprint or self.model
+        beside = str(read_reward_settings(*((self.model, self.revision) if self.adapter is None else (self.adapter,))))
         if is_adapter(self.model):
             return adapter_fingerprint(self.model) + beside
         source = ModelSource(self.model, None, self.dtype or "float32", self.revision, self.trust_remote_code)
@@ -120,7 +130,8 @@ class PreferenceSource:
         cross_encoder: fitted here to the data, in folds.
         reward: the difference of a reward.
         ensemble: the mean over several rewards.
-        votes: a data source with the shares of other annotators' votes; auxiliary pairs are other pairs of the prompt there.
+        votes: a data source with the shares of other annotators' votes in chosen_probability; auxiliary pairs are other pairs
+            of the prompt there.
         judge: a language model behind an OpenAI-compatible server.
     """
 
@@ -135,9 +146,10 @@ class PreferenceSource:
         if len(given) != 1:
             fix = f"give one of {', '.join(KINDS)}"
             raise ConfigError(f"the preference model is {' and '.join(given) or 'not given'}", fix=fix)
+        if self.ensemble is not None and not self.ensemble:
+            raise ConfigError("the ensemble has no member", fix="give at least one reward")
         for part in self.rewards:
-            if part.temperature is not None and not 0 < part.temperature < float("inf"):
-                raise ConfigError(f"the temperature of {part.model} is {part.temperature}", fix="give a number above 0")
+            part.check()
 
     @property
     def kind(self) -> str:
@@ -177,10 +189,11 @@ def opened(source: PreferenceSource, votes: Sequence[PreferenceRecord], transcri
 
 
 def fresh(settings: CrossEncoderSettings, seed: int) -> CrossEncoder:
-    """The untrained cross-encoder that `settings` ask for."""
+    """The untrained cross-encoder that `settings` ask for. ConfigError for settings that it could not be trained by."""
     from polyref.rewards.classifier import fresh_classifier
-    from polyref.rewards.cross_encoder import fresh_cross_encoder
+    from polyref.rewards.cross_encoder import check_training, fresh_cross_encoder
 
+    check_training(settings.epochs, settings.batch_size, settings.learning_rate)
     adapter = peft_config(settings.lora, fresh_classifier(settings.source, seed=seed)) if settings.lora else None
     if adapter is not None:
         adapter.task_type = "SEQ_CLS"

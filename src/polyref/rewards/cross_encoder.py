@@ -158,7 +158,9 @@ def train_cross_encoder(
     the step, their number and the loss. ConfigError, DataError without records, TrainingDivergedError for a loss that is not
     finite, ModelError where nothing is trainable.
     """
-    _check_settings(records, epochs, batch_size, learning_rate, warmup)
+    check_training(epochs, batch_size, learning_rate, warmup)
+    if not records:
+        raise DataError("there are no pairs to train on", where="train_cross_encoder", fix="give at least one record")
     trained = [parameter for parameter in encoder.model.parameters() if parameter.requires_grad]
     if not trained:
         raise ModelError("no parameter is trainable", where=encoder.name, fix="start from fresh_cross_encoder")
@@ -223,11 +225,8 @@ def load_cross_encoder(folder: str | Path, *, batch_size: int = 16, device: torc
     return CrossEncoder(model, tokenizer, max_length, batch_size, Path(folder).name)
 
 
-def _check_settings(
-    records: Sequence[PreferenceRecord], epochs: int, batch_size: int, learning_rate: float, warmup: float
-) -> None:
-    if not records:
-        raise DataError("there are no pairs to train on", where="train_cross_encoder", fix="give at least one record")
+def check_training(epochs: int, batch_size: int, learning_rate: float, warmup: float = 0.1) -> None:
+    """ConfigError for options that `train_cross_encoder` refuses, known before there are records or a model."""
     if epochs < 1 or batch_size < 1 or not 0 < learning_rate < float("inf") or not 0 <= warmup <= 1:
         what = f"epochs {epochs}, batch_size {batch_size}, learning_rate {learning_rate}, warmup {warmup}"
         fix = "epochs and batch_size are at least 1, learning_rate is above 0, warmup is in [0, 1]"

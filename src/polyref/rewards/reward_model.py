@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from polyref.data.collate import Item, collate, grouped_batches, row_length
 from polyref.data.records import to_messages
 from polyref.data.tokenize import tokenize_records, tokenizer_fingerprint
-from polyref.errors import DataError
+from polyref.errors import ConfigError, DataError
 from polyref.references.score import check_fit
 from polyref.rewards.classifier import is_adapter, load_adapted_classifier, load_classifier
 from polyref.rewards.protocols import check_rewards, check_rows
@@ -56,7 +56,8 @@ class RewardModel:
         batch_size: prompts in one forward pass.
         device: by default the accelerator, if there is one.
 
-    Raises ModelError for a model without a head of one number; calls raise DataError naming the row that cannot be scored.
+    Raises ModelError for a model without a head of one number, ConfigError for a setting that cannot be; calls raise DataError
+    naming the row that cannot be scored.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class RewardModel:
         device: torch.device | str | None = None,
     ) -> None:
         RewardModelSettings("float32", max_length, truncation_mode, prompt_format, temperature)  # refuses what cannot be
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}", where=name, fix="give at least 1")
         score_head(model, name)
         settle_padding(model, tokenizer, name)
         self.device = torch.device(device) if device is not None else default_device()
