@@ -46,6 +46,8 @@ def test_printed_settings_are_a_configuration_file(world: World) -> None:
     assert printed.code == 0 and yaml.safe_load(printed.out)["beta"] == 0.25
     config = world.file("config.yaml", printed.out)
     again = world.run(["train", "--config", config, "--lora.r", "3", "--print_config"])
+    for last in (["--config", config], [f"--config={config}"]):
+        assert world.run(["train", "--lora.r", "3", "--print_config", *last]).out == again.out, "flags win wherever they stand"
     before, after = yaml.safe_load(printed.out), yaml.safe_load(again.out)
     assert after.pop("lora")["r"] == 3 and before.pop("lora")["r"] == 2
     assert before == after

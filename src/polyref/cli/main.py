@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module, metadata
 from io import TextIOWrapper
+from itertools import pairwise
 from typing import Any
 
 from polyref.errors import ConfigError, PolyrefError, one_line
@@ -88,7 +89,7 @@ def _parse(module: Any, verb: str, words: list[str]) -> Any:
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags win over it.")
     module.add_arguments(parser)
     try:
-        return parser.instantiate(parser.parse_args(words))
+        return parser.instantiate(parser.parse_args(_files_first(words)))
     except PolyrefError:
         raise
     except SystemExit as stop:  # --help and --print_config; whatever is wrong is raised, as exit_on_error is off
@@ -100,6 +101,13 @@ def _parse(module: Any, verb: str, words: list[str]) -> Any:
         if cause is not None:
             raise cause from error
         raise ConfigError(_reason(str(error)), where=_where(verb, words), fix=f"see polyref {verb} --help") from error
+
+
+def _files_first(words: Sequence[str]) -> list[str]:
+    """`words` with the settings file before all else: the parser lets the last win, and flags are to win over the file."""
+    of_file = [word.startswith("--config=") or "--config" in (word, before) for before, word in pairwise(["", *words])]
+    marked = list(zip(words, of_file, strict=True))
+    return [word for word, is_file in marked if is_file] + [word for word, is_file in marked if not is_file]
 
 
 def _where(verb: str, words: Sequence[str]) -> str:
