@@ -30,13 +30,12 @@ def write(tier: Tier, name: str, runs: Sequence[tuple[str, str, int]]) -> None:
     prompts = [tuple(p) if not isinstance(p, str) else p for p in json.loads((Path(tier.folder) / "held_out.json").read_text())]
     arms, corruptions, seeds = (list(dict.fromkeys(run[i] for run in runs)) for i in range(3))
     rows = [row_of(tier, prompts, arm, corruption, seeds) for corruption in corruptions for arm in arms]
-    settings = {key: value for key, value in vars(tier).items() if key not in ("policy", "backbone", "gold", "folder")}
     content = {
         "tier": name,
         "pairs": len(load_pool(Path(tier.folder) / "pool.json").prompts),
         "held_out_prompts": len(prompts),
         "seeds": seeds,
-        "settings": settings,
+        "settings": tier.settings(),
         "labels": {c: label_quality(tier, c, seeds) for c in corruptions},
         "rows": rows,
         "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
@@ -49,7 +48,10 @@ def write(tier: Tier, name: str, runs: Sequence[tuple[str, str, int]]) -> None:
 
 
 def row_of(tier: Tier, prompts: Sequence[Text], arm: str, corruption: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """One arm under one corruption over all seeds; intervals are from a bootstrap over prompts, seeds of a prompt together."""
+    """One arm under one corruption over all seeds.
+
+    Intervals are from a bootstrap over prompts, seeds of a prompt together: they say nothing of other seeds, other labels.
+    """
     found = [json.loads(tier.file("policy", arm, corruption, seed).read_text()) for seed in seeds]
     base = [json.loads(tier.file("policy", BASELINE, corruption, seed).read_text()) for seed in seeds]
     start = [json.loads(tier.file("start", seed).read_text()) for seed in seeds]

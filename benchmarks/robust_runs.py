@@ -13,9 +13,9 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from robust_auxiliary import TokenCountReward
-from robust_data import CORRUPTIONS, PAIRS, Floats, Pool, labelled, load_pool, message
-from robust_gold import GoldReward
+from robust_auxiliary import RIDGES, TokenCountReward
+from robust_data import CORRUPTIONS, DIRECTIONS, PAIRS, SPREAD, Floats, Pool, labelled, load_pool, message
+from robust_gold import RIDGE, GoldReward
 from transformers import logging as transformers_logging
 
 from polyref import PreferenceConfig, PreferenceTrainer, Reference
@@ -66,6 +66,13 @@ class Tier:
     candidates: int
     beta: float = 0.1
     lora_layers: int | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that outcomes depend on, but the names of folders."""
+        own = {name: value for name, value in vars(self).items() if name not in ("policy", "backbone", "gold", "folder")}
+        constants = {"pairs_a_prompt": PAIRS, "gold_spread": SPREAD, "gold_directions": DIRECTIONS, "gold_ridge": RIDGE}
+        arms = {"rso_beta": RSO_BETA, "flips": {**FLIPS, "otherwise": 0.1}, "g_folds": FOLDS, "g_ridges": list(RIDGES)}
+        return own | constants | arms | {"draws_judged": DRAWS, "arms": {arm: dict(given) for arm, given in ARMS.items()}}
 
     def file(self, kind: str, *names: object) -> Path:
         """Where the outcome of a run is kept."""
@@ -123,7 +130,7 @@ def train_policy(tier: Tier, arm: str, corruption: str, seed: int) -> None:
     seconds = time.perf_counter() - start
     logs = {
         name: float(np.mean([line[name] for line in trainer.state.log_history if name in line]))
-        for name in ("loss", "rewards/margins", "vr/factor", "dr/clip_share", "dr/ess")
+        for name in ("loss", "rewards/margins", "vr/factor", "dr/clip_share", "dr/ess", "dr/weight")
         if any(name in line for line in trainer.state.log_history)
     }
     content = judged(tier, trainer.model, seed) | {"train_seconds": seconds, "logs": logs}

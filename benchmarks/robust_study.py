@@ -52,6 +52,7 @@ def main() -> None:
     arguments = parse_arguments()
     tier = make_tier(arguments)
     Path(tier.folder).mkdir(parents=True, exist_ok=True)
+    refuse_other_settings(tier)
     arms, corruptions = GRIDS[arguments.tier]
     cells = [(c, s) for s, c in itertools.product(arguments.seeds, corruptions)]
     runs = [(arm, c, s) for s, c, arm in itertools.product(arguments.seeds, corruptions, arms)]
@@ -90,6 +91,16 @@ def make_tier(arguments: argparse.Namespace) -> Tier:
     if arguments.tier == "pocket":
         return Tier(backbone, backbone, arguments.gold, folder, 2, 3e-4, 8, 96, 20)
     return Tier(arguments.model, backbone, arguments.gold, folder, 2, 5e-4, 4, 40, 32, lora_layers=8)
+
+
+def refuse_other_settings(tier: Tier) -> None:
+    """Outcomes are known by their names alone, so a folder holds those of one set of settings."""
+    kept, settings = Path(tier.folder) / "settings.json", json.loads(json.dumps(tier.settings()))
+    if not kept.exists():
+        write_bytes(kept, json.dumps(settings, indent=1).encode())
+    elif (before := json.loads(kept.read_text())) != settings:
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        raise SystemExit(f"{kept.parent} holds runs with another {', '.join(changed)}: name another --output_dir")
 
 
 def prepare(tier: Tier, arguments: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ WORDS = (
 @pytest.fixture(scope="module")
 def study() -> Iterator[SimpleNamespace]:
     """The modules, which find each other as they do when one of them is run as a script."""
-    names = ("robust_auxiliary", "robust_data", "robust_runs", "robust_report")
+    names = ("robust_auxiliary", "robust_data", "robust_runs", "robust_report", "robust_study")
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
@@ -150,3 +151,11 @@ def test_every_kind_of_arm_trains_and_is_judged(
     study.robust_report.figure([plain, row], ["clean"], ["sigmoid", arm], tmp_path / "figure.png")
     study.robust_report.frontier([plain, row], ["clean"], tmp_path / "frontier.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("figure", "frontier"))
+
+
+def test_a_folder_holds_runs_of_one_set_of_settings(study: SimpleNamespace, tmp_path: Path) -> None:
+    tier = study.robust_runs.Tier("policy", "policy", "gold", str(tmp_path), 1, 1e-3, 4, 5, 20)
+    study.robust_study.refuse_other_settings(tier)
+    study.robust_study.refuse_other_settings(replace(tier, policy="moved elsewhere"))
+    with pytest.raises(SystemExit, match="another epochs, learning_rate: name another --output_dir"):
+        study.robust_study.refuse_other_settings(replace(tier, epochs=2, learning_rate=1e-4))
