@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -125,7 +126,7 @@ def make_runs(arguments: argparse.Namespace) -> Iterator[Run]:
 
 
 def prepare(arguments: argparse.Namespace, name: str) -> tuple[Side, Side]:
-    """(training, held out) of set `name`; the files that its runs read are written. g sees no held-out vote."""
+    """(training, held out) of set `name`, with g of shares; the files of its runs are written. g sees no held-out vote."""
     tokenizer = load_tokenizer(ModelSource(str(arguments.pocket / "base")))
 
     def fitting(votes: list[Vote]) -> list[Vote]:
@@ -138,13 +139,18 @@ def prepare(arguments: argparse.Namespace, name: str) -> tuple[Side, Side]:
     auxiliary = [auxiliary_pairs(side, AUXILIARY, seed=number) for number, side in enumerate(votes)]
     records = [[vote.record for vote in side] for side in votes]
     asked = [pair for side, drawn in zip(records, auxiliary, strict=True) for pair in comparisons(side, drawn)]
-    fitted = cross_fit(
-        records[0], lambda others, _: fit_surface_preferences(others, ridge=RIDGE), folds=FOLDS, seed=0, pairs=asked
-    )
-    g = fitted.probability.view(-1, 1 + AUXILIARY).split([len(side) for side in records])
-    train, held_out = map(Side, votes, auxiliary, g)
-    trained = train.take(sorted(random.Random(0).sample(range(len(votes[0])), min(TRAIN_PAIRS, len(votes[0])))))
-    for label, labelled in (("share", trained.records), ("majority", list(map(by_majority, trained.votes)))):
+
+    def predicted(labelled: list[PreferenceRecord]) -> tuple[torch.Tensor, ...]:
+        """g of the pairs of each side, fitted on labels as the arm records them."""
+        fit = partial(fit_surface_preferences, ridge=RIDGE)
+        fitted = cross_fit(labelled, lambda others, _: fit(others), folds=FOLDS, seed=0, pairs=asked)
+        return fitted.probability.view(-1, 1 + AUXILIARY).split([len(side) for side in records])
+
+    train, held_out = map(Side, votes, auxiliary, predicted(records[0]))
+    by_label = Side(votes[0], auxiliary[0], predicted(list(map(by_majority, votes[0])))[0])
+    rows = sorted(random.Random(0).sample(range(len(votes[0])), min(TRAIN_PAIRS, len(votes[0]))))
+    for label, trained in (("share", train.take(rows)), ("majority", by_label.take(rows))):
+        labelled = trained.records if label == "share" else list(map(by_majority, trained.votes))
         ready = with_auxiliary(labelled, trained.auxiliary, trained.g.flatten())
         write_rows(arguments.output_dir / f"{name}-{label}.jsonl", ready)
     write_rows(arguments.output_dir / f"{name}-held-out.jsonl", held_out.records)
