@@ -72,6 +72,19 @@ class World:
         }
         return self._words("auxiliary", usual | settings)
 
+    def sample(self, **settings: Any) -> list[str]:
+        """`polyref sample` of short completions from the model under two system prompts, composed geometrically."""
+        members = [{"model": str(self.model)}, {"model": str(self.model), "system_prompt": "be brief", "name": "brief"}]
+        usual = {
+            "output_dir": self.path / "sample",
+            "references": {"members": members},
+            "prompt_format": "chat",
+            "n": 4,
+            "max_new_tokens": 6,
+            "prompts_at_once": 2,
+        }
+        return self._words("sample", usual | settings)
+
     def validate(self, **settings: Any) -> list[str]:
         """`polyref validate` with the model's tokenizer."""
         return self._words("validate", {"model": self.model} | settings)

@@ -26,6 +26,7 @@ VERBS = {
     "train": "train a policy on preference data against K references",
     "reward": "train a reward model on preference data, and say how far its rewards are to be believed",
     "auxiliary": "draw more pairs and have a preference model judge all, for variance-reduced training",
+    "sample": "draw from references, exactly composed and tilted by a reward, and say how sure that is",
     "lab": "measure what theory claims, on exact bandits whose optimum is known",
     "plan": "say how many preference pairs a target gap needs, by the bounds and as measured",
 }

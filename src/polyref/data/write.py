@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from polyref.data.records import record_to_row
 from polyref.errors import ConfigError
@@ -26,8 +27,12 @@ def write_preferences(path: str | Path, records: Sequence[PreferenceRecord]) -> 
 
     Columns that no record sets are left out. Errors: those of `check_written`; RunFolderError where it cannot be written.
     """
+    write_rows(path, [record_to_row(record) for record in records])
+
+
+def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write plain `rows` as `write_preferences` does; in a .parquet file a column that a row lacks is null there."""
     check_written(path)
-    rows = [record_to_row(record) for record in records]
     with atomic_write(path) as temporary:
         if str(path).endswith(".parquet"):
             import pyarrow as pa

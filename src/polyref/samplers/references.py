@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from polyref.data.encode import Encoder
+from polyref.data.prompt_rows import PromptRow
 from polyref.errors import DataError, ReferenceSetError
 from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.references.score import own_tokenizer
@@ -55,7 +56,7 @@ def sampling_policy(
     return Policy(engines, weights, per_pair)
 
 
-def without_room(records: Sequence[PreferenceRecord], references: ReferenceSet, max_new_tokens: int) -> list[int]:
+def without_room(records: Sequence[PreferenceRecord | PromptRow], references: ReferenceSet, max_new_tokens: int) -> list[int]:
     """Indices of records whose prompt leaves no room for `max_new_tokens` in the context of a member that has weight."""
     found: set[int] = set()
     for member, needed in zip(references.members, references.needed(), strict=True):
@@ -69,7 +70,7 @@ def without_room(records: Sequence[PreferenceRecord], references: ReferenceSet, 
     return sorted(found)
 
 
-def refuse_long(records: Sequence[PreferenceRecord], indices: Sequence[int], max_new_tokens: int) -> None:
+def refuse_long(records: Sequence[PreferenceRecord | PromptRow], indices: Sequence[int], max_new_tokens: int) -> None:
     """DataError that names the first of the records at `indices`, if there is one."""
     if indices:
         first = records[indices[0]]
