@@ -106,3 +106,37 @@ def test_a_template_without_an_end_is_refused(tiny_tokenizer):
     members = load_members(ReferenceSet(tuple(Reference(m, tokenizer=t) for t, m in models)))
     with pytest.raises(ModelError, match="does not end with what ends completions"), torch.no_grad():
         draw_composed(members, [CHAT], 1, SamplingParameters(4), seed=0, method="rejection")
+
+
+def test_a_text_that_a_template_would_trim_has_no_probability_there(tiny_tokenizer):
+    """Else the trimming member would give each of " E", "E " and "E" what it gives "E", and draw only the last."""
+    trimming = byte_tokenizer([("E", "F")], chat_template=CHATML.replace("message['content']", "message['content'] | trim"))
+    (blank,) = tiny_tokenizer.encode(" ", add_special_tokens=False)
+    assert trimming.encode(" ", add_special_tokens=False) == [blank]
+    members = load_members(
+        ReferenceSet(
+            tuple(
+                Reference(OnlyAllowed(tiny_llama(tokenizer, seed=seed).double(), (END, 40, blank), 2.0), tokenizer=tokenizer)
+                for seed, tokenizer in ((1, tiny_tokenizer), (6, trimming))
+            ),
+            WEIGHTS,
+        )
+    )
+    masses = {}
+    for text in map("".join, itertools.chain(*(itertools.product("E ", repeat=size) for size in range(3)))):
+        ids = (*tiny_tokenizer.encode(text, add_special_tokens=False), END)
+        with members.drawing():
+            first, second = (
+                math.exp(member_logps(member, [(member.encoder.encode_prompt(CHAT), ids)], 1)[0]) for member in members.members
+            )
+        masses[text] = (first, second if text == text.strip() else 0.0)
+    settings = {"fixed": True, "batch_size": 400}
+    for method, composed in (
+        ("rejection", {text: first**0.4 * second**0.6 for text, (first, second) in masses.items()}),
+        ("mixture", {text: 0.4 * first + 0.6 * second for text, (first, second) in masses.items()}),
+    ):
+        same = replace(members, composition="geometric" if method == "rejection" else "arithmetic")
+        (drawn,) = draw_composed(same, [CHAT], 400, SamplingParameters(3), seed=0, method=method, **settings)
+        assert p_value(drawn, composed) > 0.001
+        for sample in drawn.samples:
+            assert math.isfinite(sample.logps[1]) == (sample.text == sample.text.strip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections import Counter
 from typing import Any
@@ -280,11 +281,15 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(tokenizer: PreTrainedTokeni
         LocalEngine(model, tokenizer, batch_size=0)
     with pytest.raises(DataError, match="no token"):
         LocalEngine(model, byte_tokenizer(bos=False))([""], 1, SamplingParameters(1), seed=0)
-    broken = tiny_llama(tokenizer)
-    with torch.no_grad():
-        broken.lm_head.weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match="not numbers"):
-        LocalEngine(broken, tokenizer)(["a"], 1, SamplingParameters(1), seed=0)
+    for number in (math.nan, math.inf, -math.inf):  # an infinite one is what an overflow in float16 leaves
+        broken = tiny_llama(tokenizer)
+
+        def fill(_: Any, __: Any, output: Any, number: float = number) -> None:
+            output.logits.fill_(number)
+
+        broken.register_forward_hook(fill)
+        with pytest.raises(ModelError, match="not numbers"):
+            LocalEngine(broken, tokenizer)(["a"], 1, SamplingParameters(1), seed=0)
     endless = tiny_llama(byte_tokenizer(eos=False))
     endless.generation_config.eos_token_id = None
     with pytest.raises(ModelError, match="ends a completion"):

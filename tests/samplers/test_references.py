@@ -55,6 +55,15 @@ def test_a_model_in_memory_draws_with_the_tokenizer_it_is_given(folder: Path, ti
         sampling_policy(ReferenceSet((Reference(tiny_llama(tiny_tokenizer)),)))
 
 
+def test_a_model_in_memory_is_not_drawn_without_the_adapter_it_was_to_have(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    adapter = saved_lora(tmp_path / "lora", tiny_tokenizer, seed=1)
+    reference = Reference(tiny_llama(tiny_tokenizer), tokenizer=tiny_tokenizer, adapter=str(adapter))
+    with pytest.raises(ReferenceSetError, match="in memory is not given an adapter here"):
+        sampling_policy(ReferenceSet((reference,)))
+
+
 def test_a_geometric_composition_has_no_member_to_draw_from(folder: Path) -> None:
     two = (Reference(str(folder)), Reference(str(folder), system_prompt="be brief"))
     with pytest.raises(ReferenceSetError, match="geometric composition is no mixture"):

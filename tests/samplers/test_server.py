@@ -196,6 +196,8 @@ def test_what_cannot_be_is_one_line(
     def reply(body: dict[str, Any], _: World) -> Answer:
         if body["prompt"] == "long":
             return 400, {}, b'{"error": "longer than the context"}'
+        if body["prompt"] == "full":
+            return answer(body, "x", finish_reason="length", token_ids=[5, 6])
         return answer(body, "x", finish_reason="content_filter" if body["prompt"] == "bad" else "stop")
 
     with listening(reply) as world, ServerEngine(settings(world.url, concurrency=1), tokenizer, tmp_path / "t") as engine:
@@ -203,6 +205,8 @@ def test_what_cannot_be_is_one_line(
             engine(["a", "long"], 1, PARAMETERS, seed=0)
         with pytest.raises(ModelError, match="^server m: the server ended a completion of prompt 1 by content_filter"):
             engine(["bad"], 1, PARAMETERS, seed=0)
+        with pytest.raises(ModelError, match="^server m, prompt 1: a completion was cut after 2 tokens"):
+            engine(["full"], 1, PARAMETERS, seed=0)
         with pytest.raises(ConfigError, match="n is 0"):
             engine(["a"], 0, PARAMETERS, seed=0)
     with ServerEngine(settings("http://127.0.0.1:9/v1", attempts=1), tokenizer, tmp_path / "t") as engine:

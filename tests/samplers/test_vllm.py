@@ -41,6 +41,7 @@ class FakeLLM:
         self.options, self.network = options, tiny_llama(self.tokenizer, seed=3).double()
         self.batches: list[int] = []
         self.reason: str | None = None
+        self.context = 64
 
     def get_tokenizer(self) -> PreTrainedTokenizerFast:
         return self.tokenizer
@@ -55,7 +56,7 @@ class FakeLLM:
     def _one(self, prompt: list[int], options: FakeParams) -> Any:
         assert options.n == 1 and 0 <= options.seed < 2**63
         generator, ids, logprobs = torch.Generator().manual_seed(options.seed), list[int](), []
-        while len(ids) < options.max_tokens and (not ids or ids[-1] != 2):
+        while len(ids) < min(options.max_tokens, self.context - len(prompt)) and (not ids or ids[-1] != 2):
             logps = self.network(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, -1].log_softmax(-1)
             ids.append(int(torch.multinomial((logps / options.temperature).softmax(-1), 1, generator=generator)))
             logprobs.append({ids[-1]: SimpleNamespace(logprob=float(logps[ids[-1]]), rank=1, decoded_token="x")})
@@ -125,6 +126,9 @@ def test_what_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.llm.reason = "abort"
     with pytest.raises(ModelError, match="^m: a completion was ended by abort"):
         engine(["a"], 1, PARAMETERS, seed=0)
+    engine.llm.reason, engine.llm.context = None, 4
+    with pytest.raises(ModelError, match="^m: a completion was cut after 2 tokens, not 6: the context is full"):
+        engine(["a"], 8, PARAMETERS, seed=0)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ModelError, match=r"needs the package vllm; pip install 'polyref\[vllm\]'"):
         VllmEngine.load("m")

@@ -2,7 +2,8 @@
 
 Members with one tokenizer score the drawn tokens. With several, each scores the text by its own template and tokenizer: then
 only texts that end count, within `max_new_tokens` tokens of each member, and a draw whose tokens are not the drawing member's
-canonical encoding of its text is rejected (probabilities of texts are those of canonical encodings, and sum to at most 1).
+canonical encoding of its text is rejected (probabilities of texts are those of canonical encodings, and sum to at most 1; a
+text that its encoding does not give back, as where a template trims it, has none).
 """
 
 from __future__ import annotations
@@ -94,8 +95,17 @@ def _encodings(members: Sequence[Member], task: Task, drawer: int, row: Row, pla
     text = decoded(members[drawer], row.token_ids, ended=True)
     if members[drawer].canonical_ids(task.prompt, text) != own:
         return None
-    found = [own if at == drawer else member.canonical_ids(task.prompt, text) for at, member in enumerate(members)]
+    found = [own if at == drawer else _own_ids(member, task, text) for at, member in enumerate(members)]
     return [ids if ids is not None and len(ids) <= plan.max_new_tokens else None for ids in found]
+
+
+def _own_ids(member: Member, task: Task, text: str) -> Ids | None:
+    """The canonical encoding of `text`, if its tokens give back `text`: else no draw of `member` is ever this text.
+
+    A template that trims and a tokenizer that does not know a character read several texts as the same tokens.
+    """
+    ids = member.canonical_ids(task.prompt, text)
+    return ids if ids is not None and decoded(member, ids, ended=True) == text else None
 
 
 def _score(

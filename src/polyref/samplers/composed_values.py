@@ -37,10 +37,11 @@ class Sample:
 class Drawn:
     """What was drawn for a prompt, and what it took.
 
-    `samples` follow the composition: exactly and independently if `exact`, else as weighted ones, whose sum over
-    exp(log_weight) f(y) / `proposals` has mean F_a E f(y). `log_mass` is the log of what the composition sums to before it is
-    normalised, with a 95% interval: log F_a for a geometric one. `calls` counts completion tokens passed through members; the
-    prompts' own, read once a batch, come on top. `note` says what is missing, "" where nothing is.
+    `samples` follow the composition: exactly if `exact`, and independently unless the budget decided how many there are (see
+    `note`); else as weighted ones, whose sum over exp(log_weight) f(y) / `proposals` has mean F_a E f(y). `log_mass` is the log
+    of what the composition sums to before it is normalised, with a 95% interval: log F_a for a geometric one. `calls` counts
+    completion tokens passed through members; the prompts' own, read once a batch, come on top. `note` says what is missing, ""
+    where nothing is.
     """
 
     method: str

@@ -34,7 +34,7 @@ def sampling_policy(
     """The mixture of the members that have weight, all in memory at once, on the accelerator if there is one.
 
     Members with the same weights and no adapter, such as one model under several system prompts, share them. Errors: those of
-    `check_mixture` and of loading a model.
+    `check_mixture` and of loading a model; ReferenceSetError for a model in memory that is to get an adapter.
     """
     check_mixture(references)
 
@@ -48,6 +48,9 @@ def sampling_policy(
     for member, weight in zip(references.members, references.weights or (), strict=True):
         if weight > 0:
             if member.adapter is not None:
+                if member.in_memory:
+                    fix = "give the model with its adapter attached, or both by name"
+                    raise ReferenceSetError("a model in memory is not given an adapter here", where=member.label, fix=fix)
                 check_adapter(str(member.adapter))
             model = member.model if member.in_memory else loaded(member.source, _adapter(member))
             own: dict[str, Any] = {"system_prompt": member.system_prompt, "name": member.label}

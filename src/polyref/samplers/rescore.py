@@ -50,6 +50,13 @@ def completed(prompt: Text, told: Sequence[Told], parameters: SamplingParameters
     return [Completion(t.token_ids, t.text, *pair, t.ended) for t, pair in zip(told, pairs, strict=True)]
 
 
+def check_cut(tokens: int, most: int, ended: bool, where: str) -> None:
+    """ModelError for a completion cut after fewer `tokens` than the `most` asked for: by a context, so of another law."""
+    if not ended and tokens < most:
+        what = f"a completion was cut after {tokens} tokens, not {most}: the context is full"
+        raise ModelError(what, where=where, fix="shorten the prompt, or lower max_new_tokens")
+
+
 def canonical_ids(
     prompt: Text, text: str, ended: bool, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None
 ) -> tuple[int, ...]:
@@ -116,7 +123,7 @@ class LocalScorer:
                 found.append((0.0, 0.0))
                 continue
             of = logits[row, len(prompt) - 1 : len(prompt) - 1 + len(completion)]
-            if of.isnan().any():
+            if not of.amax(-1).isfinite().all():
                 raise ModelError("gives logits that are not numbers", where="scorer", fix="check the weights and the dtype")
             at = torch.tensor(completion, device=device)[:, None]
             own, law = (float(x.gather(-1, at).sum()) for x in laws(of, parameters))

@@ -89,7 +89,7 @@ def _call(model: nn.Module, tokens: Tensor, mask: Tensor, positions: Tensor, cac
         input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
     )
     logits: Tensor = output.logits[:, -1]
-    if logits.isnan().any():
+    if not logits.amax(-1).isfinite().all():  # NaN, an infinite logit, or no token at all
         raise ModelError("gives logits that are not numbers", where=name, fix="check the weights and the dtype")
     return logits
 

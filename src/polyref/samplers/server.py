@@ -19,7 +19,7 @@ from polyref.data.encode import render_prompt
 from polyref.data.sources import prompt_key
 from polyref.errors import ConfigError, DataError, ModelError
 from polyref.samplers.engine import Collected, Completion, Finished, Progress, SamplingParameters
-from polyref.samplers.rescore import Scorer, Told, canonical_ids, completed
+from polyref.samplers.rescore import Scorer, Told, canonical_ids, check_cut, completed
 from polyref.samplers.server_settings import ServerSettings
 from polyref.serving.client import TEMPLATE_TOKENS, Client, Unanswered
 from polyref.serving.transcript import Reply
@@ -95,7 +95,7 @@ class ServerEngine:
                 row = request.prompt
                 replies[row][request.draw] = reply
                 if len(replies[row]) == n:
-                    told = [self._told(row, prompts[row], replies[row][i]) for i in range(n)]
+                    told = [self._told(row, prompts[row], replies[row][i], parameters.max_new_tokens) for i in range(n)]
                     completions = completed(prompts[row], told, parameters, self.scorer)
                     collected.add((row, i, completion) for i, completion in enumerate(completions))
 
@@ -127,7 +127,7 @@ class ServerEngine:
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return "/chat/completions", {"messages": [*system, *prompt]}
 
-    def _told(self, row: int, prompt: Text, reply: Reply) -> Told:
+    def _told(self, row: int, prompt: Text, reply: Reply, most: int) -> Told:
         if reply.finish_reason not in ("stop", "length"):
             what = f"the server ended a completion of prompt {row + 1} by {reply.finish_reason}: it is of another law"
             raise ModelError(what, where=self.name, fix="leave the prompt out, or ask another server")
@@ -136,6 +136,7 @@ class ServerEngine:
             ids = canonical_ids(prompt, reply.text, ended, self.tokenizer, self.system_prompt)
             return Told(reply.text, ids, None, ended)
         ids, logps = reply.token_ids, reply.logps
+        check_cut(len(ids), most, ended, f"{self.name}, prompt {row + 1}")
         if ended and (not ids or ids[-1] not in self.tokenizer.all_special_ids):  # the server keeps the end token to itself
             return Told(reply.text, (*ids, *canonical_ids(prompt, "", True, self.tokenizer)), None, ended)
         return Told(reply.text, ids, logps if logps is not None and len(logps) == len(ids) else None, ended)

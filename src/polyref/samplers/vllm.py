@@ -11,7 +11,7 @@ import xxhash
 from polyref.data.encode import Encoder
 from polyref.errors import ConfigError, DataError, ModelError
 from polyref.samplers.engine import Collected, Completion, Finished, Progress, SamplingParameters
-from polyref.samplers.rescore import Scorer, Told, completed
+from polyref.samplers.rescore import Scorer, Told, check_cut, completed
 from polyref.types import Text
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class VllmEngine:
     Log-probabilities are vLLM's own where temperature and top_p are 1, else the `scorer`'s, NaN without one. Prompts go in
     `prompts_at_once` at a time: what is `finished` then is kept if the rest fails. ConfigError for n < 1 or less than one
     prompt at a time; DataError for an empty prompt; ModelError for a completion that is cut short for another reason than its
-    length. vLLM's own errors pass, as for a prompt longer than its context.
+    length, or by vLLM's context. vLLM's own errors pass, as for a prompt longer than its context.
     """
 
     def __init__(
@@ -80,12 +80,14 @@ class VllmEngine:
         shared = {"n": 1, "temperature": parameters.temperature, "top_p": parameters.top_p, "logprobs": 0}
         options = [SamplingParams(seed=seed, max_tokens=parameters.max_new_tokens, **shared) for _, seed in requests]
         given = [{"prompt_token_ids": list(prompt)} for prompt, _ in requests]
-        return [self._told(output.outputs[0]) for output in self.llm.generate(given, options, use_tqdm=False)]
+        outputs = self.llm.generate(given, options, use_tqdm=False)
+        return [self._told(output.outputs[0], parameters.max_new_tokens) for output in outputs]
 
-    def _told(self, output: Any) -> Told:
+    def _told(self, output: Any, most: int) -> Told:
         if output.finish_reason not in ("stop", "length"):
             raise ModelError(f"a completion was ended by {output.finish_reason}", where=self.name, fix="draw again")
         ids = tuple(output.token_ids)
+        check_cut(len(ids), most, output.finish_reason == "stop", self.name)
         logps = tuple(float(said[token].logprob) for token, said in zip(ids, output.logprobs, strict=True))
         return Told(output.text, ids, logps, output.finish_reason == "stop")
 
