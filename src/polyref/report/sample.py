@@ -37,7 +37,7 @@ def _sentences(summary: Row) -> list[str]:
     ]
     exact = summary["exact_prompts"]
     lines.append(
-        f"The samples of {exact} of {summary['prompts']} prompts are exact: independent draws of the law asked for."
+        f"The samples of {exact} of {summary['prompts']} prompts are exact: each is a draw of the law asked for."
         + ("" if exact == summary["prompts"] else " Those of the others are approximate or weighted; the table says why.")
     )
     if (log_f := summary["log_f"]) is not None and many:

@@ -78,7 +78,8 @@ class LocalEngine:
         return self._encoder.encode_prompt(prompt, self.system_prompt)
 
     def _check(self, ids: Sequence[Sequence[int]], parameters: SamplingParameters) -> None:
-        room = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        config = getattr(self.model, "config", None)
+        room = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
         for row, prompt in enumerate(ids, 1):
             if not prompt:
                 raise DataError("has no token", where=f"prompt {row}", fix="give a prompt, or a tokenizer with a first token")

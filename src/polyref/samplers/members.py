@@ -46,7 +46,7 @@ class Member:
     def prompt_ids(self, prompt: Text, max_new_tokens: int, row: int) -> Ids:
         """The tokens before a completion of prompt number `row`; DataError where there is none, or too little context."""
         ids = self.encoder.encode_prompt(prompt, self.system_prompt)
-        room = getattr(self.model.config, "max_position_embeddings", None)
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if not ids:
             raise DataError("has no token", where=f"prompt {row}", fix="give a prompt, or a tokenizer with a first token")
         if room is not None and len(ids) + max_new_tokens > room:

@@ -77,7 +77,7 @@ class Sampled:
 
     @property
     def exact(self) -> bool:
-        """Whether the samples are independent draws of exactly the law asked for."""
+        """Whether each sample is a draw of exactly the law asked for; `note` says where a budget decided how many there are."""
         return self.drawn.exact and (self.kept is None or self.kept.exact)
 
     @property
