@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from robust_gold import GoldReward
 from scipy.special import expit
 
-from polyref.data.sources import load_preferences, prompt_key, split_by_prompt
+from polyref.data.sources import by_prompt, load_preferences, split_by_prompt
 from polyref.files import write_bytes
 from polyref.samplers.engine import SamplingParameters
 from polyref.samplers.local import LocalEngine
@@ -52,7 +52,7 @@ def human_splits(data: Path) -> tuple[list[PreferenceRecord], list[Text], list[T
 
 
 def _prompts(records: Sequence[PreferenceRecord]) -> list[Text]:
-    return list({prompt_key(record.prompt): record.prompt for record in records}.values())
+    return [group[0].prompt for group in by_prompt(records).values()]
 
 
 def message(text: str) -> Text:
@@ -106,10 +106,14 @@ def save_pool(pool: Pool, path: Path) -> None:
     write_bytes(path, json.dumps(content).encode())
 
 
+def as_prompts(found: Sequence[Any]) -> list[Text]:
+    """Prompts as JSON gives them back, which knows lists but no tuples."""
+    return [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in found]
+
+
 def load_pool(path: Path) -> Pool:
     found = json.loads(path.read_text())
-    prompts = [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in found["prompts"]]
-    return Pool(prompts, found["texts"], np.array(found["gold"]), np.array(found["lengths"]))
+    return Pool(as_prompts(found["prompts"]), found["texts"], np.array(found["gold"]), np.array(found["lengths"]))
 
 
 def clean(pool: Pool) -> Floats:

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from robust_data import CORRUPTIONS, labelled, load_pool, message
+from robust_data import CORRUPTIONS, as_prompts, labelled, load_pool, message
 from robust_runs import Tier
 from scipy.special import expit
 
@@ -27,7 +27,7 @@ BASELINE = "sigmoid"
 
 def write(tier: Tier, name: str, runs: Sequence[tuple[str, str, int]]) -> None:
     """benchmarks/results/robust_study_NAME.json and .png; the table also on the terminal."""
-    prompts = [tuple(p) if not isinstance(p, str) else p for p in json.loads((Path(tier.folder) / "held_out.json").read_text())]
+    prompts = as_prompts(json.loads((Path(tier.folder) / "held_out.json").read_text()))
     arms, corruptions, seeds = (list(dict.fromkeys(run[i] for run in runs)) for i in range(3))
     rows = [row_of(tier, prompts, arm, corruption, seeds) for corruption in corruptions for arm in arms]
     content = {

@@ -14,11 +14,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 from robust_auxiliary import RIDGES, TokenCountReward
-from robust_data import CORRUPTIONS, DIRECTIONS, PAIRS, SPREAD, Floats, Pool, labelled, load_pool, message
+from robust_data import CORRUPTIONS, DIRECTIONS, PAIRS, SPREAD, Floats, Pool, as_prompts, labelled, load_pool, message
 from robust_gold import RIDGE, GoldReward
 from transformers import logging as transformers_logging
 
 from polyref import PreferenceConfig, PreferenceTrainer, Reference
+from polyref.cli.settings import LoraSettings, peft_config
 from polyref.data.collate import collate
 from polyref.files import write_bytes
 from polyref.rewards.auxiliary_columns import with_auxiliary
@@ -123,9 +124,10 @@ def train_policy(tier: Tier, arm: str, corruption: str, seed: int) -> None:
             **_common(),
         )
         mu = Reference(tier.policy) if settings.get("objective") == "doubly_robust" else None
-        trainer = PreferenceTrainer(
-            tier.policy, Reference(tier.policy), config, records, peft_config=_lora(tier), sampling_policy=mu
-        )
+        policy, tokenizer = load_causal_lm(ModelSource(tier.policy)), load_tokenizer(ModelSource(tier.policy))
+        lora = peft_config(LoraSettings(last_layers=tier.lora_layers) if tier.lora_layers else None, policy)
+        given: dict[str, Any] = {"processing_class": tokenizer, "peft_config": lora, "sampling_policy": mu}
+        trainer = PreferenceTrainer(policy, Reference(tier.policy), config, records, **given)
         trainer.train()
     seconds = time.perf_counter() - start
     logs = {
@@ -187,7 +189,7 @@ def _rejection_sampled(pool: Pool, rewards: Floats, seed: int) -> list[Preferenc
 def judged(tier: Tier, model: Any, seed: int) -> dict[str, Any]:
     """Gold, log pi/reference in nats and length of DRAWS completions of each held-out prompt, all (P, DRAWS)."""
     tokenizer = load_tokenizer(ModelSource(tier.policy))
-    prompts = [tuple(p) if not isinstance(p, str) else p for p in json.loads((Path(tier.folder) / "held_out.json").read_text())]
+    prompts = as_prompts(json.loads((Path(tier.folder) / "held_out.json").read_text()))
     engine = LocalEngine(model, tokenizer, batch_size=64)
     start = time.perf_counter()
     drawn = engine(prompts, DRAWS, SamplingParameters(tier.max_new_tokens), seed=1000 + seed)
@@ -209,21 +211,6 @@ def judged(tier: Tier, model: Any, seed: int) -> dict[str, Any]:
         "tokens": [[len(c.token_ids) for c in row] for row in drawn],
         "judge_seconds": time.perf_counter() - start,
     }
-
-
-def _lora(tier: Tier) -> Any:
-    if tier.lora_layers is None:
-        return None
-    from peft import LoraConfig
-
-    layers = load_causal_lm(ModelSource(tier.policy)).config.num_hidden_layers
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=16,
-        lora_alpha=32,
-        target_modules=[f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
-        layers_to_transform=list(range(layers - tier.lora_layers, layers)),
-    )
 
 
 def _common() -> dict[str, Any]:

@@ -132,7 +132,8 @@ def test_every_kind_of_arm_trains_and_is_judged(
     study.robust_data.save_pool(pool, folder / "pool.json")
     (folder / "held_out.json").write_text(json.dumps(pool.prompts[:3]))
     (folder / "gold.json").write_text(json.dumps({"weights": [2.0]}))
-    tier = study.robust_runs.Tier(policy, policy, "", str(folder), 1, 1e-3, 4, 5, 20)
+    layers = 1 if arm == "variance-reduced" else None
+    tier = study.robust_runs.Tier(policy, policy, "", str(folder), 1, 1e-3, 4, 5, 20, lora_layers=layers)
     study.robust_runs.judge_start(tier, 0)
     start = json.loads(tier.file("start", 0).read_text())
     assert np.abs(start["log_ratio"]).max() < 1e-4, "drawn and scored by one model"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from polyref.errors import ConfigError
-from polyref.serving.connection import check_connection, check_counts, check_extra_body
+from polyref.serving.connection import check_connection, check_counts, check_extra_body, check_limit_name
 
 _OURS = ("model", "messages", "n", "stream", "temperature", "max_tokens", "max_completion_tokens")
 
@@ -60,6 +60,5 @@ class JudgeSettings:
         check_counts(self, "tries", "reply_tokens")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature}", fix="give a number from 0")
-        if self.limit_name not in ("max_tokens", "max_completion_tokens"):
-            raise ConfigError(f"limit_name is {self.limit_name!r}", fix="use 'max_tokens' or 'max_completion_tokens'")
+        check_limit_name(self.limit_name)
         check_extra_body(self.extra_body, _OURS)

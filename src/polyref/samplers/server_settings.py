@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from polyref.errors import ConfigError
-from polyref.serving.connection import check_connection, check_extra_body
+from polyref.serving.connection import check_connection, check_extra_body, check_limit_name
 
 _OURS = (
     *("model", "prompt", "messages", "n", "stream", "temperature", "top_p", "max_tokens", "max_completion_tokens"),
@@ -53,6 +52,5 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         check_connection(self)
-        if self.limit_name not in ("max_tokens", "max_completion_tokens"):
-            raise ConfigError(f"limit_name is {self.limit_name!r}", fix="use 'max_tokens' or 'max_completion_tokens'")
+        check_limit_name(self.limit_name)
         check_extra_body(self.extra_body, _OURS)

@@ -59,6 +59,12 @@ def check_counts(settings: object, *names: str) -> None:
             raise ConfigError(f"{name} is {value!r}", fix="give a whole number from 1")
 
 
+def check_limit_name(name: str) -> None:
+    """ConfigError unless a server may call the most new tokens so."""
+    if name not in ("max_tokens", "max_completion_tokens"):
+        raise ConfigError(f"limit_name is {name!r}", fix="use 'max_tokens' or 'max_completion_tokens'")
+
+
 def check_extra_body(extra_body: Mapping[str, Any], ours: Sequence[str]) -> None:
     """ConfigError for fields that JSON cannot hold, or that are `ours` to set."""
     try:
