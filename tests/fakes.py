@@ -178,3 +178,14 @@ def counted_calls(model_class: type = LlamaForCausalLM) -> Iterator[list[tuple[i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_class, "forward", forward)
         yield calls
+
+
+def same(first: Any, second: Any) -> bool:
+    """Equal to the last bit, tensors inside included."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from fakes import counted_calls, pair_rows, saved_llama, saved_lora, tiny_llama, tiny_lora
+from fakes import counted_calls, pair_rows, same, saved_llama, saved_lora, tiny_llama, tiny_lora
 from polyref import PreferenceConfig, PreferenceTrainer, Reference, ReferenceSet
 from polyref.data.records import parse_record
 from polyref.errors import ConfigError, DataError, InputError, ModelError, TrainingDivergedError
@@ -601,17 +601,6 @@ def test_a_failed_start_leaves_no_run_behind(world: World) -> None:
 
 
 # Resuming
-
-
-def same(first: Any, second: Any) -> bool:
-    """Equal to the last bit, tensors inside included."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return bool(first == second)
 
 
 @pytest.mark.parametrize("kind", ["weights", "adapter"])

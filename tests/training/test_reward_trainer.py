@@ -20,7 +20,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from fakes import ENCODERS, counted_calls, pair_rows, saved_encoder, saved_llama, tiny_lora
+from fakes import ENCODERS, counted_calls, pair_rows, same, saved_encoder, saved_llama, tiny_lora
 from polyref.errors import ConfigError, DataError, InputError, ModelError, TrainingDivergedError
 from polyref.rewards.classifier import fresh_classifier
 from polyref.rewards.reward_model import RewardModel
@@ -287,17 +287,6 @@ def test_a_loss_that_is_not_finite_stops_with_its_rows_saved(world: World) -> No
 
 
 # Resuming
-
-
-def same(first: Any, second: Any) -> bool:
-    """Equal to the last bit, tensors inside included."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return bool(first == second)
 
 
 @pytest.mark.parametrize("kind", ["weights", "adapter"])
