@@ -188,6 +188,21 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         return Stage(self, name, folder, digest, resumed=resumed)
 
+    def refuse_changed(self, inputs: Mapping[str, str], last: str) -> None:
+        """RunFolderError, naming what changed, where stage `last` is done and its info says that it depends on other inputs.
+
+        A complete run stays what it is: its last stage ends with `info={"depends_on": inputs}`.
+        """
+        entry = self._manifest["stages"].get(last, {})
+        old = entry.get("info", {}).get("depends_on", {})
+        changed = [name for name in sorted(old | dict(inputs)) if old.get(name) != inputs.get(name)]
+        if entry.get("state") == "done" and changed:
+            raise RunFolderError(
+                f"is complete, and what it was made from has changed since: {', '.join(changed)}",
+                where=str(self.path),
+                fix="name a new run folder",
+            )
+
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; a line that cannot be written whole is taken back."""
         line = (json.dumps(plain(row, "metrics")) + "\n").encode()

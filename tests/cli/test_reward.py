@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from cli_world import World, assert_refused, some_rows, table
 from fakes import auxiliary_columns, pair_rows
-from polyref.cli import training_run
 from polyref.report.reward import write_reward_page
 from polyref.rewards.reward_model import RewardModel
+from polyref.training import course
 from polyref.training.reward_trainer import RewardTrainer
 
 
@@ -91,7 +91,7 @@ def broken(world: World, run: str) -> list[str]:
 
 def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_unbroken_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert world.run(broken(world, "unbroken")).code == 0
-    words, save, evaluated = broken(world, "broken"), RewardTrainer._save_checkpoint, training_run._evaluated
+    words, save, evaluated = broken(world, "broken"), RewardTrainer._save_checkpoint, course._evaluated
 
     def stop(self: Any, *args: Any) -> None:
         save(self, *args)
@@ -107,7 +107,7 @@ def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_unbroken_one(world: Wor
         patch.setattr(RewardTrainer, "_save_checkpoint", stop)
         assert world.run(words).code == 1
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "_evaluated", stop_after)
+        patch.setattr(course, "_evaluated", stop_after)
         assert world.run(words).code == 1
     assert world.run(words).code == 0
     assert outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")

@@ -12,7 +12,7 @@ import torch
 
 from cli_world import World, assert_one_line, assert_refused, some_rows
 from fakes import byte_tokenizer, saved_llama
-from polyref.cli import training_run
+from polyref.training import course
 from polyref.training.preference_trainer import PreferenceTrainer
 
 
@@ -33,7 +33,7 @@ def test_a_kill_after_the_last_checkpoint_trains_no_step_more(
 ) -> None:
     assert world.run(inside_an_epoch(world, "unbroken", logging_steps=logging_steps)).code == 0
     words = inside_an_epoch(world, "broken", logging_steps=logging_steps)
-    evaluated, whens = training_run._evaluated, []
+    evaluated, whens = course._evaluated, []
 
     def stop(folder: Any, trainer: Any, dataset: Any, when: str, inputs: Any) -> Any:
         whens.append(when)
@@ -42,7 +42,7 @@ def test_a_kill_after_the_last_checkpoint_trains_no_step_more(
         return evaluated(folder, trainer, dataset, when, inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "_evaluated", stop)
+        patch.setattr(course, "_evaluated", stop)
         assert world.run(words).code == 1 and whens == ["before", "after"]
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", lambda *args, **kwargs: pytest.fail("a step too many"))
@@ -87,7 +87,7 @@ def test_a_kill_before_the_first_checkpoint_leaves_no_trace_in_what_dropout_draw
     assert world.run(inside_an_epoch(world, "unbroken", **settings)).code == 0
     words = inside_an_epoch(world, "broken", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "_train_from", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(course, "_train_from", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         assert world.run(words).code == 1
     torch.rand(7)
     assert world.run(words).code == 0

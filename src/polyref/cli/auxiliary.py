@@ -17,7 +17,7 @@ from polyref.cli.auxiliary_stages import draw, score
 from polyref.cli.auxiliary_summary import Totals, agreement, drawing_summary, tell
 from polyref.cli.preference_source import PreferenceSource, fresh
 from polyref.cli.settings import DataSettings
-from polyref.cli.training_run import pick, refuse_changed
+from polyref.cli.training_run import pick
 from polyref.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def make_auxiliary(
         votes = load_preferences(source.votes, prompt_format=own.prompt_format) if source.votes is not None else []
         _check_shares(votes)
         inputs = _inputs(own, source, records, held_out, votes)
-        refuse_changed(folder, inputs, "write")
+        folder.refuse_changed(inputs, "write")
         kept = _with_room(own, records)
         if not complete:
             _prepare(own, source, kept)

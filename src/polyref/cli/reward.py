@@ -15,15 +15,11 @@ from polyref.cli.settings import DataSettings, LoraSettings
 from polyref.cli.training_run import (
     MAY_CHANGE,
     add_training_arguments,
-    common_inputs,
-    metrics_writer,
     pick,
-    refuse_changed,
     refuse_many_processes,
     run_folder_of,
     stage_folder,
     tell_accuracy,
-    train_and_evaluate,
 )
 from polyref.scoring.models import ModelSource
 from polyref.training.reward_config import RewardConfig
@@ -96,11 +92,12 @@ def train_reward(
     from polyref.files import write_bytes
     from polyref.report.reward import write_reward_page
     from polyref.stages import RunFolder
+    from polyref.training.inputs import common_inputs
 
     with RunFolder(run_dir, config, seeds={"seed": args.seed}, may_change=MAY_CHANGE) as folder:
         records, held_out = load()
         inputs = common_inputs(reward.source, "model", records, held_out)
-        refuse_changed(folder, inputs)
+        folder.refuse_changed(inputs, "train")
         stage = folder.stage("train", inputs)
         if stage.done:
             logger.info("%s is complete; nothing to do", run_dir)
@@ -135,6 +132,7 @@ def _train_in(
     from polyref.rewards.reward_settings import write_reward_settings
     from polyref.scoring.models import load_tokenizer
     from polyref.training.checkpoints import save_policy
+    from polyref.training.course import metrics_writer, train_and_evaluate
     from polyref.training.evaluate import calibration_report
     from polyref.training.reward_trainer import RewardTrainer
 

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from polyref.cli.sample_settings import MAY_CHANGE, PromptSettings, SampleSettings
 from polyref.cli.sample_stages import draw, load_reward, make_pairs_of
 from polyref.cli.sample_summary import summary_of, tell
-from polyref.cli.training_run import pick, refuse_changed
+from polyref.cli.training_run import pick
 from polyref.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def make_samples(own: SampleSettings, source: PromptSettings, config: dict[str, 
         prompts = source.load()
         references = pooled(own.references, prompts)
         inputs = _inputs(own, references, prompts)
-        refuse_changed(folder, inputs, "write")
+        folder.refuse_changed(inputs, "write")
         kept = _with_room(own, references, prompts)
         stage = folder.stage("draw", inputs | {"prompts drawn for": str(len(kept))})
         reward = None if own.reward is None or stage.done else load_reward(own.reward)

@@ -15,15 +15,11 @@ from polyref.cli.settings import DataSettings, LoraSettings
 from polyref.cli.training_run import (
     MAY_CHANGE,
     add_training_arguments,
-    common_inputs,
-    metrics_writer,
     pick,
-    refuse_changed,
     refuse_many_processes,
     run_folder_of,
     stage_folder,
     tell_accuracy,
-    train_and_evaluate,
 )
 from polyref.references.reference_set import ReferenceSet
 from polyref.scoring.models import ModelSource
@@ -115,7 +111,7 @@ def train(
     with RunFolder(run_dir, config, seeds={"seed": args.seed}, may_change=MAY_CHANGE) as folder:
         records, held_out = load()
         inputs = _inputs(policy, records, held_out)
-        refuse_changed(folder, inputs)
+        folder.refuse_changed(inputs, "train")
         stage = folder.stage("train", inputs)
         if stage.done:
             logger.info("%s is complete; nothing to do", run_dir)
@@ -143,18 +139,11 @@ def _inputs(policy: PolicySettings, records: list[PreferenceRecord], held_out: l
 
     A reference's tokenizer is there where it is not the policy's.
     """
-    from polyref.data.tokenize import tokenizer_fingerprint
-    from polyref.references.score import own_tokenizer
-    from polyref.scoring.models import adapter_fingerprint, check_config, load_config, weights_fingerprint
+    from polyref.training.inputs import common_inputs, reference_inputs
 
     inputs = common_inputs(policy.source, "policy", records, held_out)
     for what, models in (("reference", policy.references), ("sampling policy", policy.sampling_policy)):
-        for number, member in enumerate(models.members if models else (), 1):
-            check_config(load_config(member.source), member.label)
-            adapter = adapter_fingerprint(str(member.adapter) if member.adapter else None)
-            inputs[f"weights of {what} {number}"] = weights_fingerprint(member.source) + adapter
-            if (tokenizer := tokenizer_fingerprint(own_tokenizer(member))) != inputs["tokenizer"]:
-                inputs[f"tokenizer of {what} {number}"] = tokenizer
+        inputs |= reference_inputs(models, what, inputs["tokenizer"])
     return inputs
 
 
@@ -174,6 +163,7 @@ def _train_in(
     from polyref.data.auxiliary import auxiliary_pairs
     from polyref.scoring.models import load_causal_lm, load_tokenizer
     from polyref.training.checkpoints import save_policy
+    from polyref.training.course import metrics_writer, train_and_evaluate
     from polyref.training.preference_trainer import PreferenceTrainer
 
     tokenizer, model = load_tokenizer(policy.source), load_causal_lm(policy.source)
