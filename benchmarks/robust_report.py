@@ -138,7 +138,7 @@ def figure(rows: Sequence[dict[str, Any]], corruptions: Sequence[str], arms: Seq
         axis.set_yticks(range(len(shown)), shown)
         axis.tick_params(labelsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(shown) - 0.5, -0.5)
     drawing.supxlabel("gold win rate over plain DPO, %", fontsize=10)
     drawing.savefig(path, dpi=150)
     plt.close(drawing)
