@@ -16,11 +16,12 @@ import xxhash
 from torch import nn
 
 from polyref.data.encode import Encoder
-from polyref.errors import ConfigError, DataError, ModelError
+from polyref.errors import ConfigError, ModelError
+from polyref.samplers.context import check_prompt, context_of
 from polyref.samplers.engine import Collected, Completion, Finished, Progress, SamplingParameters
 from polyref.samplers.rows import Rows
 from polyref.samplers.running import Draft, Request, Running
-from polyref.samplers.tokens import INVERSE, Coupling
+from polyref.samplers.tokens import RACE, Coupling
 from polyref.types import Text
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class LocalEngine:
         batch_size: int = 32,
         progress: Progress | None = None,
         finished: Finished | None = None,
-        coupling: Coupling = INVERSE,
+        coupling: Coupling = RACE,
         name: str = "local",
     ) -> None:
         if batch_size < 1:
@@ -60,7 +61,9 @@ class LocalEngine:
         if n < 1:
             raise ConfigError(f"n is {n}", fix="draw at least one completion a prompt")
         ids = [self.prompt_ids(prompt) for prompt in prompts]
-        self._check(ids, parameters)
+        context = context_of(getattr(self.model, "config", None))
+        for row, tokens in enumerate(ids, 1):
+            check_prompt(tokens, row, parameters.max_new_tokens, context)
         running = Running(self._read, ids, self._requests(ids, n, seed), parameters, self.ends, self.batch_size, self.coupling)
         collected, training = Collected(len(prompts), n, self.progress, self.finished), self.model.training
         self.model.eval()
@@ -76,16 +79,6 @@ class LocalEngine:
     def prompt_ids(self, prompt: Text) -> tuple[int, ...]:
         """The tokens that completions of `prompt` are drawn after."""
         return self._encoder.encode_prompt(prompt, self.system_prompt)
-
-    def _check(self, ids: Sequence[Sequence[int]], parameters: SamplingParameters) -> None:
-        config = getattr(self.model, "config", None)
-        room = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
-        for row, prompt in enumerate(ids, 1):
-            if not prompt:
-                raise DataError("has no token", where=f"prompt {row}", fix="give a prompt, or a tokenizer with a first token")
-            if room is not None and len(prompt) + parameters.max_new_tokens > room:
-                what = f"has {len(prompt)} tokens, with {parameters.max_new_tokens} new ones more than the context of {room}"
-                raise DataError(what, where=f"prompt {row}", fix="shorten the prompt, or lower max_new_tokens")
 
     def _requests(self, ids: Sequence[Sequence[int]], n: int, seed: int) -> list[Request]:
         """All draws of one prompt side by side, prompts of like length together."""

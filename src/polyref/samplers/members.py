@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from polyref.data.encode import Encoder, Ids, render_record
 from polyref.data.tokenize import tokenizer_fingerprint
-from polyref.errors import DataError, ReferenceSetError
+from polyref.errors import ReferenceSetError
 from polyref.references.reference_set import Composition, Reference, ReferenceSet
 from polyref.references.score import own_tokenizer
+from polyref.samplers.context import check_prompt, context_of
 from polyref.samplers.local import end_tokens
 from polyref.scoring.models import adapter_tensors, attach_adapter, check_adapter, default_device, load_causal_lm
 from polyref.types import PreferenceRecord, Text
@@ -46,12 +47,7 @@ class Member:
     def prompt_ids(self, prompt: Text, max_new_tokens: int, row: int) -> Ids:
         """The tokens before a completion of prompt number `row`; DataError where there is none, or too little context."""
         ids = self.encoder.encode_prompt(prompt, self.system_prompt)
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if not ids:
-            raise DataError("has no token", where=f"prompt {row}", fix="give a prompt, or a tokenizer with a first token")
-        if room is not None and len(ids) + max_new_tokens > room:
-            what = f"has {len(ids)} tokens for {self.label}, with {max_new_tokens} new ones more than its context of {room}"
-            raise DataError(what, where=f"prompt {row}", fix="shorten the prompt, or lower max_new_tokens")
+        check_prompt(ids, row, max_new_tokens, context_of(self.model.config), self.label)
         return ids
 
     def canonical_ids(self, prompt: Text, text: str) -> Ids | None:

@@ -12,6 +12,7 @@ from polyref.errors import DataError, ReferenceSetError
 from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.references.score import own_tokenizer
 from polyref.samplers.auxiliary import Policy
+from polyref.samplers.context import context_of, fits
 from polyref.samplers.local import LocalEngine
 from polyref.scoring.models import attach_adapter, check_adapter, check_config, default_device, load_causal_lm, load_config
 from polyref.types import PreferenceRecord
@@ -66,10 +67,10 @@ def without_room(records: Sequence[PreferenceRecord | PromptRow], references: Re
         if needed:
             config = member.model.config if member.in_memory else load_config(member.source)
             check_config(config, member.label)
-            context = getattr(config.get_text_config(), "max_position_embeddings", None)
+            context = context_of(config)
             encoder = Encoder(_tokenizer(member))
             lengths = (len(encoder.encode_prompt(record.prompt, member.system_prompt)) for record in records)
-            found |= {i for i, length in enumerate(lengths) if context is not None and length + max_new_tokens > context}
+            found |= {i for i, length in enumerate(lengths) if not fits(length, max_new_tokens, context)}
     return sorted(found)
 
 

@@ -70,19 +70,19 @@ def _first_arrival(law: Tensor, streams: Sequence[int], steps: Sequence[int]) ->
     vocabulary = law.shape[-1]
     starts = [_signed(stream + step * vocabulary * _GOLDEN) for stream, step in zip(streams, steps, strict=True)]
     at = torch.arange(vocabulary, device=law.device) * _signed(_GOLDEN)
-    bits = _mixed(torch.tensor(starts, device=law.device)[:, None] + at)
-    uniform = ((bits >> 12) & (2**52 - 1)).to(torch.float64).add_(0.5).mul_(2.0**-52)  # never 0, never 1
-    return (law - uniform.log_().neg_().log_()).argmax(-1)
+    bits = _mix(torch.tensor(starts, device=law.device)[:, None] + at).bitwise_right_shift_(12).bitwise_and_(2**52 - 1)
+    uniform = bits.to(torch.float64).add_(0.5).mul_(2.0**-52)  # never 0, never 1
+    return uniform.log_().neg_().log_().neg_().add_(law).argmax(-1)
 
 
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """The output function of splitmix64 (Steele, Lea and Flood, 2014) of int64, whose products wrap around."""
+def _mix(x: Tensor) -> Tensor:
+    """The output function of splitmix64 (Steele, Lea and Flood, 2014) in place, of int64, whose products wrap around."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
-    return x ^ ((x >> 31) & (2**33 - 1))
+        x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(_signed(factor))
+    return x.bitwise_xor_((x >> 31).bitwise_and_(2**33 - 1))
 
 
 def _signed(value: int) -> int:

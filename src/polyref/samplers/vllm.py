@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 import xxhash
 
 from polyref.data.encode import Encoder
-from polyref.errors import ConfigError, DataError, ModelError
+from polyref.errors import ConfigError, ModelError
+from polyref.samplers.context import check_prompt
 from polyref.samplers.engine import Collected, Completion, Finished, Progress, SamplingParameters
 from polyref.samplers.rescore import Scorer, Told, check_cut, completed
 from polyref.types import Text
@@ -63,8 +64,7 @@ class VllmEngine:
             raise ConfigError(f"n is {n}", fix="draw at least one completion a prompt")
         ids = [self._encoder.encode_prompt(prompt, self.system_prompt) for prompt in prompts]
         for row, prompt in enumerate(ids, 1):
-            if not prompt:
-                raise DataError("has no token", where=f"prompt {row}", fix="give a prompt, or a tokenizer with a first token")
+            check_prompt(prompt, row, parameters.max_new_tokens, None)  # vLLM knows its context
         collected, firsts = Collected(len(prompts), n, self.progress, self.finished), _first_seeds(ids, seed)
         for start in range(0, len(prompts), self.prompts_at_once):
             rows = range(start, min(start + self.prompts_at_once, len(prompts)))
