@@ -151,6 +151,15 @@ def test_a_budget_is_not_exceeded_and_a_short_result_says_so(members, method):
             assert f"budget of {budget} calls is spent" in drawn.note and drawn.calls > budget - 9
 
 
+@pytest.mark.parametrize("method", ["rejection", "tokens", "auto", "smc"])
+def test_progress_counts_completions_and_tokens_a_second(members, method):
+    told: list[tuple[int, int, float]] = []
+    drawn = draw(members, ["a", "b"], 5, batch_size=2, method=method, progress=lambda *at: told.append(at))
+    done = [at[0] for at in told]
+    assert all(len(some.samples) >= 5 for some in drawn) and done == sorted(set(done)) and len(done) > 1
+    assert told[-1][:2] == (10, 10) and all(total == 10 and rate > 0 for _, total, rate in told)
+
+
 def tokens(drawn: Drawn) -> list[tuple[int, ...]]:
     return [sample.token_ids for sample in drawn.samples]
 
@@ -189,5 +198,5 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(members):
         draw(members, weights=[(0.5, 0.1, 0.1)])
     with pytest.raises(ReferenceSetError, match="reference 2 has weight for a prompt, but is not loaded"):
         draw(replace(members, members=(*members.members[:2], None)))
-    with pytest.raises(DataError, match="prompt 2: has .* tokens for .*, with 3 new ones more than its context of 256"):
+    with pytest.raises(DataError, match="prompt 2: has .* tokens for .*, with 3 new ones more than the context of 256"):
         draw(members, ["a", "b" * 250])

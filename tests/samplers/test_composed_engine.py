@@ -60,6 +60,12 @@ def test_completions_carry_what_the_composition_gives_them(members, composition)
         assert completion.ended == (completion.token_ids[-1] == END)
 
 
+def test_progress_is_that_of_an_engine(members):
+    told: list[tuple[int, int, float]] = []
+    ComposedEngine(members, progress=lambda *at: told.append(at))([PROMPT], 3, SamplingParameters(LENGTH), seed=0)
+    assert [at[:2] for at in told] == [(1, 3), (2, 3), (3, 3)] and all(at[2] > 0 for at in told)
+
+
 def test_the_method_is_exact_and_fits_the_members(members):
     assert ComposedEngine(members).method == "tokens"
     assert ComposedEngine(replace(members, one_tokenizer=False)).method == "rejection"

@@ -68,6 +68,20 @@ def test_it_draws_another_law_and_its_weights_are_the_difference(members):
         assert math.exp(log_mass) == pytest.approx(increments[index[tokens]])
 
 
+def test_members_read_without_dropout_and_are_left_as_they_were(tiny_tokenizer):
+    models = [tiny_llama(tiny_tokenizer, seed=seed, attention_dropout=0.5).double() for seed in (1, 2)]
+    two = load_members(ReferenceSet(tuple(Reference(model, tokenizer=tiny_tokenizer) for model in models)))
+    ids, scores = torch.tensor([[1, 40, 41]]), torch.randn(1, 260, dtype=torch.float64)
+    expected = TokenComposition(two, [PROMPT], LENGTH)(ids, scores)
+    models[1].train()
+    with torch.no_grad():
+        assert not torch.equal(models[1](ids).logits, models[1](ids).logits), "there is dropout to switch off"
+    assert torch.equal(TokenComposition(two, [PROMPT], LENGTH)(ids, scores), expected) and models[1].training
+    models[0].train()
+    with pytest.raises(ConfigError, match="TokenComposition: the model that generates is in training mode"):
+        TokenComposition(two, [PROMPT], LENGTH)(ids, scores)
+
+
 def test_one_member_is_left_as_it_is(members):
     scores = torch.randn(2, 260)
     alone = TokenComposition(replace(members, weights=(1.0, 0.0, 0.0)), [PROMPT], LENGTH)

@@ -20,6 +20,8 @@ from polyref.errors import ConfigError, DataError, ModelError
 from polyref.rewards.functions import NamedReward, from_function
 from polyref.samplers.engine import Completion, SamplingParameters
 from polyref.samplers.local import LocalEngine
+from polyref.samplers.pairing import PAIRINGS
+from polyref.samplers.pairs import Scored, make_pairs
 from polyref.samplers.proposals import draw_tilted, propose, refuse_empty
 from polyref.types import Text
 
@@ -108,6 +110,20 @@ def test_a_language_model_is_tilted_exactly_ended_and_cut_completions_alike() ->
     assert chisquare(observed, 1000 * np.array(list(base.values()))).pvalue < 1e-9
     log_z = found[0][1].log_z
     assert log_z is not None and log_z.low < math.log(tilt.sum()) < log_z.high
+
+
+def test_completions_that_end_at_once_are_part_of_the_law_and_no_pair() -> None:
+    tokenizer = byte_tokenizer()
+    model = ThreeTokens(tiny_llama(tokenizer, seed=1).double())
+    reward = from_function(lambda _, text: float(len(text)), "length")
+    (one,) = propose(LocalEngine(model, tokenizer), reward, ["ab"], 40, SamplingParameters(2), seed=0)
+    empty = [i for i, completion in enumerate(one.completions) if completion.token_ids == (2,)]
+    assert 0 < len(empty) < 40
+    for i in empty:
+        assert one.completions[i].text == "" and one.completions[i].ended and one.rewards[i] == 0
+    texts = tuple(one.completions[i].text for i in empty)
+    with pytest.raises(DataError, match="^pairs: none of 1 prompts gives a pair: texts are equal"):
+        make_pairs([Scored("ab", texts, (0.0,) * len(texts))], PAIRINGS["random"], seed=0)
 
 
 def test_what_a_prompt_gets_depends_on_it_alone_and_equal_prompts_have_draws_of_their_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -80,6 +81,17 @@ def test_the_first_few_accepted_are_exact_and_their_log_z_knows_of_the_stop(base
     check_z(rates, math.exp(base.log_z - base.r_max / BETA))
     held = [kept.log_z.low <= base.log_z <= kept.log_z.high for kept in runs if kept.log_z]
     assert np.mean(held) > 0.94
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.8])
+def test_a_budget_of_proposals_leaves_the_acceptance_unbiased(rate: float) -> None:
+    """Over every outcome of 8 coins: (k - 1)/(N - 1) where the third acceptance comes in time, k/8 where it does not."""
+    rewards, total = torch.full((8,), BETA * math.log(rate), dtype=torch.float64), 0.0
+    for coins in itertools.product((0.0, 0.99), repeat=8):
+        kept = reject(rewards, torch.tensor(coins, dtype=torch.float64), BETA, r_max=0.0, wanted=3)
+        assert kept.acceptance is not None and kept.exact
+        total += rate ** coins.count(0.0) * (1 - rate) ** coins.count(0.99) * kept.acceptance.mean
+    assert total == pytest.approx(rate, abs=1e-12)
 
 
 def test_a_new_maximum_thins_the_accepted_again(base: Base) -> None:

@@ -24,7 +24,7 @@ from polyref.references.compose import check_weights
 from polyref.samplers.arithmetic import draw_mixture
 from polyref.samplers.composed_auto import draw_auto
 from polyref.samplers.composed_values import Drawn, Method, Plan, Task
-from polyref.samplers.engine import SamplingParameters
+from polyref.samplers.engine import Progress, SamplingParameters, Tally
 from polyref.samplers.geometric import draw_rejection
 from polyref.samplers.geometric_tokens import draw_tokens
 from polyref.samplers.members import Member, Members
@@ -57,6 +57,7 @@ def draw_composed(
     budget: int | None = None,
     fixed: bool = False,
     batch_size: int = 32,
+    progress: Progress | None = None,
 ) -> list[Drawn]:
     """`n` completions of each prompt from the composition of `members`, in the order of `prompts`.
 
@@ -64,7 +65,8 @@ def draw_composed(
     most `calls` (completion tokens through members) a prompt may take: it is never exceeded, and a result that is short of
     what was asked says so in its `note`; by default 100 n proposals of full length. `fixed` makes n proposals and returns those
     accepted. A completion cut at `max_new_tokens` is part of the support, except where tokenizers differ. What is drawn for a
-    prompt depends on the prompt, its place among equal ones, its weights and `seed`, up to rounding.
+    prompt depends on the prompt, its place among equal ones, its weights and `seed`, up to rounding. `progress` is told of n a
+    prompt as they are done, of fewer where a budget ends it.
 
     Raises ConfigError for settings out of range, a method that is not one of the composition, temperature or top_p other than
     1; ReferenceSetError for weights off the simplex, of members not loaded, and for a method of tokens with several tokenizers.
@@ -80,7 +82,8 @@ def draw_composed(
     if n < 1 or batch_size < 1 or (budget is not None and budget < 1):
         what = f"n is {n}, batch_size {batch_size}, budget {budget}"
         raise ConfigError(what, fix="give at least 1 of each")
-    plan = Plan(n, parameters.max_new_tokens, seed, batch_size, fixed, not members.one_tokenizer)
+    tally = Tally(n * len(prompts), progress)
+    plan = Plan(n, parameters.max_new_tokens, seed, batch_size, fixed, not members.one_tokenizer, tally)
     rows = [_weights(members, i, None if weights is None else weights[i]) for i in range(len(prompts))]
     keys = _keys(prompts)
     found: dict[int, Drawn] = {}

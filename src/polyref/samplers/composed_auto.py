@@ -22,7 +22,7 @@ def draw_auto(members: Sequence[Member], tasks: Sequence[Task], budgets: Sequenc
     """Token proposals for the tasks whose pilot promises n acceptances within the budget, sequential Monte Carlo for others."""
     quarters = [budget // 4 for budget in budgets]
     own = [task._replace(key=f"pilot {task.key}") for task in tasks]
-    pilots = draw_tokens(members, own, quarters, plan._replace(n=PILOT, fixed=True))
+    pilots = draw_tokens(members, own, quarters, plan._replace(n=PILOT, fixed=True, tally=None))
     left = [budget - pilot.calls for budget, pilot in zip(budgets, pilots, strict=True)]
     affordable = [_promised(pilot, plan.n) <= some for pilot, some in zip(pilots, left, strict=True)]
     found: dict[int, Drawn] = {}

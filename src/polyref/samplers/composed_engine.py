@@ -10,7 +10,7 @@ import torch
 from polyref.errors import ConfigError, ModelError
 from polyref.references.compose import COMPOSITIONS
 from polyref.samplers.composed import draw_composed
-from polyref.samplers.engine import Completion, SamplingParameters
+from polyref.samplers.engine import Completion, Progress, SamplingParameters
 from polyref.samplers.members import Members
 from polyref.types import Text
 
@@ -19,9 +19,10 @@ class ComposedEngine:
     """An `Engine` whose completions are exact draws from the composition of `members`, under the weights of their set.
 
     A tilt of it, exp(r/beta) times G_a, is the optimum of reverse KL to every reference. A completion's `logp` and `drawn_logp`
-    are log M_a(y|x), or for a geometric composition sum_i a_i log pi_i(y|x): log G_a up to log F_a(x). `method`, `budget` (of a
-    call, each prompt) and `batch_size` are those of `draw_composed`; by default the cheapest exact method. ConfigError for smc
-    and auto, whose samples may be weighted; ModelError, naming the prompt, where the budget does not give n completions.
+    are log M_a(y|x), or for a geometric composition sum_i a_i log pi_i(y|x): log G_a up to log F_a(x). `method` (by default the
+    cheapest exact one), `budget` (of a call, each prompt), `batch_size` and `progress` are those of `draw_composed`.
+    ConfigError for smc and auto, whose samples may be weighted; ModelError, naming the prompt, where the budget does not give n
+    completions.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class ComposedEngine:
         method: str | None = None,
         budget: int | None = None,
         batch_size: int = 32,
+        progress: Progress | None = None,
         name: str = "composition",
     ) -> None:
         if method in ("smc", "auto"):
@@ -40,10 +42,11 @@ class ComposedEngine:
             exact = "tokens" if members.one_tokenizer else "rejection"
             method = "mixture" if members.composition == "arithmetic" else exact
         self.members, self.method, self.budget, self.batch_size, self.name = members, method, budget, batch_size, name
+        self.progress = progress
 
     def __call__(self, prompts: Sequence[Text], n: int, parameters: SamplingParameters, *, seed: int) -> list[list[Completion]]:
         """`n` completions of each prompt, as the protocol says."""
-        settings: dict[str, Any] = {"budget": self.budget, "batch_size": self.batch_size}
+        settings: dict[str, Any] = {"budget": self.budget, "batch_size": self.batch_size, "progress": self.progress}
         drawn = draw_composed(self.members, prompts, n, parameters, seed=seed, method=self.method, **settings)
         for row, some in enumerate(drawn, 1):
             if len(some.samples) < n:

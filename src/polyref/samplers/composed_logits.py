@@ -30,7 +30,8 @@ class TokenComposition(LogitsProcessor):
     greedy search, at temperature 1 and without other processors (beams change places, which their caches would not).
     `log_mass` (R,), in nats, is log prod_t z_t of each row so far, up to the token that ends it.
 
-    ConfigError for members of different tokenizers, a member that is not loaded, or rows that P does not divide.
+    The other members read in evaluation mode and are left as they were. ConfigError for members of different tokenizers, a
+    member that is not loaded, rows that P does not divide, or a first member that generates in training mode.
     """
 
     def __init__(self, members: Members, prompts: Sequence[Text], max_new_tokens: int) -> None:
@@ -40,6 +41,7 @@ class TokenComposition(LogitsProcessor):
             what = "members have different tokenizers, or one that has weight is not loaded"
             raise ConfigError(what, where="TokenComposition", fix="give loaded members of one tokenizer")
         self._weights = torch.tensor([weight for _, weight in some], dtype=torch.float64)
+        self._members, self._generating = members, loaded[0].model
         self._others, self._ends = loaded[1:], torch.tensor(sorted(common_ends(loaded)))
         rows = enumerate(prompts, 1)
         self._ids = [[member.prompt_ids(prompt, max_new_tokens, row) for member in self._others] for row, prompt in rows]
@@ -47,11 +49,17 @@ class TokenComposition(LogitsProcessor):
         self.log_mass = torch.zeros(0, dtype=torch.float64)
         self._ended = torch.zeros(0, dtype=torch.bool)
 
-    @torch.inference_mode()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (R, V) of the next token after `input_ids` (R, L)."""
+        if self._generating.training:
+            what = "the model that generates is in training mode, which may drop out"
+            raise ConfigError(what, where="TokenComposition", fix="call its eval() before generate")
         if not self._others:
             return scores
+        with self._members.drawing():
+            return self._composed(input_ids, scores)
+
+    def _composed(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         last = input_ids[:, -1]
         if self._steps is None:
             count, odd = divmod(len(input_ids), len(self._ids))

@@ -13,6 +13,7 @@ import xxhash
 
 from polyref.data.encode import Ids
 from polyref.objectives.metrics import Interval
+from polyref.samplers.engine import Tally
 from polyref.samplers.members import Member
 from polyref.samplers.weights import effective_size
 from polyref.types import Text
@@ -89,7 +90,8 @@ class Task(NamedTuple):
 class Plan(NamedTuple):
     """What is asked of every prompt alike. `fixed`: n proposals are made, instead of as many as n acceptances take.
 
-    `by_text`: members have different tokenizers, and only their canonical encodings of texts that end count.
+    `by_text`: members have different tokenizers, and only their canonical encodings of texts that end count. `tally`, if any,
+    counts completions as they are done: accepted ones or particles, at most n a prompt, or the proposals of a `fixed` number.
     """
 
     n: int
@@ -98,6 +100,7 @@ class Plan(NamedTuple):
     batch_size: int
     fixed: bool
     by_text: bool
+    tally: Tally | None = None
 
 
 Method = Callable[[Sequence[Member], Sequence[Task], Sequence[int], Plan], list[Drawn]]

@@ -69,27 +69,37 @@ Finished = Callable[[int, list[Completion]], None]
 """Called as (index of a prompt, its completions) as soon as all of them are drawn: what is kept if the rest fails."""
 
 
+class Tally:
+    """Completions that are done of `total`, with their tokens, and who is told of them as they come."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._progress = total, progress
+        self._done, self._tokens, self._start = 0, 0, time.perf_counter()
+
+    def add(self, completions: int, tokens: int) -> None:
+        """Count as many more, of `tokens` together, and tell of them if there are any."""
+        self._done, self._tokens = self._done + completions, self._tokens + tokens
+        if self._progress is not None and completions:
+            self._progress(self._done, self._total, self._tokens / max(time.perf_counter() - self._start, 1e-9))
+
+
 class Collected:
     """The completions of one call of an engine as they come, `n` for each of `prompts` prompts, and who is told of them."""
 
     def __init__(self, prompts: int, n: int, progress: Progress | None, finished: Finished | None) -> None:
         self._found: list[list[Completion | None]] = [[None] * n for _ in range(prompts)]
-        self._lacking, self._done, self._total = [n] * prompts, 0, n * prompts
-        self._tokens, self._start = 0, time.perf_counter()
-        self._progress, self._finished = progress, finished
+        self._lacking, self._tally, self._finished = [n] * prompts, Tally(n * prompts, progress), finished
 
     def add(self, drawn: Iterable[tuple[int, int, Completion]]) -> None:
         """Take completions as (prompt, which of its draws, completion), and tell of them if there are any."""
-        before = self._done
+        done = tokens = 0
         for prompt, draw, completion in drawn:
             self._found[prompt][draw] = completion
             self._lacking[prompt] -= 1
-            self._done += 1
-            self._tokens += len(completion.token_ids)
+            done, tokens = done + 1, tokens + len(completion.token_ids)
             if self._finished is not None and not self._lacking[prompt]:
                 self._finished(prompt, cast(list[Completion], self._found[prompt]))
-        if self._progress is not None and self._done > before:
-            self._progress(self._done, self._total, self._tokens / max(time.perf_counter() - self._start, 1e-9))
+        self._tally.add(done, tokens)
 
     def completions(self) -> list[list[Completion]]:
         """All of them, once all have come."""

@@ -65,6 +65,9 @@ def draw_smc(members: Sequence[Member], tasks: Sequence[Task], budgets: Sequence
     for batch in _batches(islands, tasks, plan.batch_size):
         for island, run in zip(batch, _run(members, tasks, batch, plan), strict=True):
             found[island.task].append(run)
+            if plan.tally is not None:
+                before = sum(len(earlier.tokens) for earlier in found[island.task][:-1])
+                plan.tally.add(min(len(run.tokens), max(plan.n - before, 0)), sum(map(len, run.tokens)))
     return [_drawn(members, found[task], budget, plan) for task, budget in enumerate(budgets)]
 
 
