@@ -127,7 +127,8 @@ def faulty(upstream: str, faults: list[str], *, silence: float = 1.0) -> Iterato
     """A proxy of `upstream`. Request k meets faults[k], after the last one none.
 
     before: `429` (Retry-After 0), `429 soon` (0.3 s), `429 long`, `500`, `close`. After the upstream has answered: `timeout`
-    (held back `silence` seconds), `html`, `cut` (half the body), `empty` (no choices).
+    (held back `silence` seconds), `html`, `cut` (half the body), `torn` (the same, and the connection closed before the rest
+    that was announced), `empty` (no choices).
     """
     order, lock = iter(faults), threading.Lock()
     waits = {"429": "0", "429 soon": "0.3", "429 long": "3600"}
@@ -146,6 +147,8 @@ def faulty(upstream: str, faults: list[str], *, silence: float = 1.0) -> Iterato
             content = response.read()
         if fault == "timeout":
             time.sleep(silence)
+        if fault == "torn":
+            return 200, {"Content-Length": str(len(content)), "Connection": "close"}, content[: len(content) // 2]
         broken = {"html": b"<html>gateway</html>", "cut": content[: len(content) // 2], "empty": b'{"choices": []}'}
         return 200, {"Content-Type": "application/json"}, broken.get(fault, content)
 

@@ -15,12 +15,15 @@ import pytest
 
 
 @contextmanager
-def transformers_serve(folder: Path) -> Iterator[str]:
-    """Its address on a free port; its log and its home are in `folder`. Skips the test where the extra is missing."""
+def transformers_serve(folder: Path, *, port: int = 0) -> Iterator[str]:
+    """Its address, on `port` or a free one; its log and its home are in `folder`. At the end it is killed, whatever it is at.
+
+    Skips the test where the extra is missing.
+    """
     pytest.importorskip("uvicorn", reason="the extra transformers[serving] is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port = port or free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "home")}
     with open(folder / "log", "wb") as log:
@@ -36,5 +39,5 @@ def transformers_serve(folder: Path) -> Iterator[str]:
                 time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        process.terminate()
+        process.kill()
         process.wait(30)

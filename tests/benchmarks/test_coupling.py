@@ -34,7 +34,7 @@ def test_shuffled_prompts_are_compared_place_by_place(coupling: ModuleType) -> N
     arguments = coupling.parse_arguments(["--quick", "--n", "2", "--max_new_tokens", "6", "--batch_sizes", "1", "4"])
     found = coupling.measured(model.double(), tokenizer, prompts, arguments, RACE)
     assert found["share"] == 1.0 and found["sequences"] == 8
-    assert set(found["seconds"]) == {"1", "4", "4 shuffled"}
+    assert set(found["processor_seconds"]) == {"1", "4", "4 shuffled"}
 
 
 def test_the_quick_run_writes_its_result(

@@ -46,7 +46,7 @@ def said(body: dict[str, Any]) -> str:
     return f" {len(json.dumps(body.get('prompt', body.get('messages'))))} and {body.get('seed', 0) % 1000}"
 
 
-def answer(body: dict[str, Any], text: str, *, finish_reason: str = "stop", **more: Any) -> Answer:
+def answer(body: dict[str, Any], text: str | None, *, finish_reason: str = "stop", **more: Any) -> Answer:
     """A completion or a chat completion of one choice, as `body` asks for."""
     written = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
     choice = {"index": 0, "finish_reason": finish_reason, **written, **more}
@@ -94,6 +94,15 @@ def test_canonical_tokens_and_nobodys_log_probabilities(tmp_path: Path, tokenize
     assert math.isnan(cut.logp) and math.isnan(whole.drawn_logp)
 
 
+def test_a_completion_that_ends_at_once_is_empty_and_ended(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    def reply(body: dict[str, Any], _: World) -> Answer:
+        return answer(body, None if "messages" in body else "")
+
+    with listening(reply) as world, ServerEngine(settings(world.url), tokenizer, tmp_path / "t") as engine:
+        drawn = engine(["a", HI], 1, PARAMETERS, seed=0)
+    assert [(one.token_ids, one.text, one.ended) for (one,) in drawn] == [((2,), "", True)] * 2
+
+
 def test_a_scorer_gives_what_the_server_does_not(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_llama(tokenizer, seed=1).double()
     warm = SamplingParameters(8, temperature=0.5)
@@ -123,7 +132,7 @@ def test_a_scorer_gives_what_the_server_does_not(tmp_path: Path, tokenizer: PreT
 
 
 def test_a_storm_of_faults_loses_nothing_and_repeats_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    faults = ["timeout", "429", "500", "close", "html", "cut", "empty"] * 2
+    faults = ["timeout", "429", "500", "close", "html", "cut", "torn", "empty"] * 2
     prompts = [({"role": "user", "content": f"q{i}"},) for i in range(4)]
     with drawing() as upstream, faulty(upstream.url, faults) as world:
         with ServerEngine(settings(world.url, timeout=0.5, attempts=20), tokenizer, tmp_path / "t") as engine:
@@ -219,11 +228,18 @@ def test_what_cannot_be_is_one_line(
         {"concurrency": 0},
         {"limit_name": "n"},
         {"extra_body": {"n": 2}},
+        *({"extra_body": {name: 1}} for name in ("stop", "stream", "logprobs", "top_logprobs", "echo", "response_format")),
+        *({"extra_body": {name: 5}} for name in ("top_k", "min_tokens", "repetition_penalty", "presence_penalty")),
         {"timeout": 0.0},
         {"model": "m", "attempts": 0},
     ):
         with pytest.raises(ConfigError):
             settings(world.url, **wrong)
+    with pytest.raises(ConfigError, match="^extra_body holds stop, tools; these have settings of their own"):
+        settings(world.url, extra_body={"stop": ["x"], "tools": []})
+    with pytest.raises(ConfigError, match="^extra_body sets top_k to 50: it would change the law.* turn it off by 0 or -1$"):
+        settings(world.url, extra_body={"top_k": 50})
+    assert settings(world.url, extra_body={"top_k": -1, "repetition_penalty": 1.0, "min_p": None, "user": "me"})
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(
@@ -261,16 +277,51 @@ def test_a_real_server_behind_faults_and_a_restart(tmp_path: Path, tokenizer: Pr
         "extra_body": {"generation_config": drawn_freely},
     }
     scorer = LocalScorer(tiny_llama(tokenizer, max_position_embeddings=8192), tokenizer)
-    with transformers_serve(tmp_path) as url, faulty(url, ["429", "html", "", "close", "cut", "500"]) as world:
+    with transformers_serve(tmp_path) as url, faulty(url, ["429", "html", "", "close", "cut", "torn", "500"]) as world:
         options = settings(world.url, attempts=10, **usual)
         with ServerEngine(options, tokenizer, tmp_path / "t", scorer=scorer) as engine:
             first = engine(chats[:1], 3, PARAMETERS, seed=0)
-            assert (engine.transcript.requests, engine.transcript.failed) == (8, 5)
+            assert (engine.transcript.requests, engine.transcript.failed) == (9, 6)
     with transformers_serve(tmp_path) as url:
         with ServerEngine(settings(url, **usual), tokenizer, tmp_path / "t", scorer=scorer) as engine:
             again = engine(chats, 3, PARAMETERS, seed=0)
             plain = engine(["some text"], 3, PARAMETERS, seed=0)
-            assert engine.transcript.requests == 8 + 3 + 3
+            assert engine.transcript.requests == 9 + 3 + 3
     assert again[0] == first[0] and len({completion.text for row in again for completion in row}) > 2
     for completion in (completion for row in (*again, *plain) for completion in row):
         assert completion.logp == completion.drawn_logp < 0 and (2 in completion.token_ids) == completion.ended
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_real_server_killed_in_mid_run_and_started_again_is_waited_for(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Its process dies while requests are under way, and comes back on its port; a proxy of it then times out."""
+    folder = str(saved_llama(tmp_path / "model", tokenizer, max_position_embeddings=8192))
+    drawn_freely = json.dumps({"do_sample": True, "top_k": 0, "eos_token_id": 2, "pad_token_id": 0})
+    usual: dict[str, Any] = {"model": folder, "concurrency": 2, "extra_body": {"generation_config": drawn_freely}}
+    chats, ready, drawn = [({"role": "user", "content": f"q{i}"},) for i in range(5)], threading.Event(), list[Any]()
+    with transformers_serve(tmp_path) as url:
+        options = settings(url, attempts=2000, longest_wait=0.2, timeout=60.0, **usual)
+        engine = ServerEngine(options, tokenizer, tmp_path / "t", finished=lambda *_: ready.set())
+        thread = threading.Thread(target=lambda: drawn.extend(engine(chats[:4], 6, PARAMETERS, seed=0)), daemon=True)
+        thread.start()
+        assert ready.wait(120)
+    before = (tmp_path / "t").read_bytes()
+    assert not drawn, "it was in mid-run"
+    with transformers_serve(tmp_path, port=int(url.split(":")[2].split("/")[0])):
+        thread.join(180)
+        engine.close()
+        with faulty(url, ["timeout", "timeout", "", "timeout"], silence=11.0) as world:
+            hasty = settings(world.url, attempts=20, timeout=10.0, **usual)
+            with ServerEngine(hasty, tokenizer, tmp_path / "t") as engine:
+                again = engine(chats, 6, PARAMETERS, seed=0)
+    assert [len(row) for row in again] == [6] * 5 and texts(again[:4]) == texts(drawn)
+    assert (tmp_path / "t").read_bytes().startswith(before), "what was answered stays so"
+    events = lines(tmp_path / "t")
+    answered = Counter(line["digest"] for line in events if line["event"] == "answered")
+    failures = [line["error"] for line in events if line["event"] == "failed"]
+    assert len(answered) == 30 and set(answered.values()) == {1}, "nothing is lost, and nothing is there twice"
+    assert answered.keys() == {line["digest"] for line in events if line["event"] == "asked"}
+    assert any("cannot connect" in error for error in failures) and failures.count("nothing in 10 s") == 3

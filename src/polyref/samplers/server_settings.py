@@ -6,12 +6,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from polyref.errors import ConfigError
 from polyref.serving.connection import check_connection, check_extra_body, check_limit_name
 
 _OURS = (
     *("model", "prompt", "messages", "n", "stream", "temperature", "top_p", "max_tokens", "max_completion_tokens"),
-    *("seed", "logprobs", "return_token_ids"),
+    *("seed", "logprobs", "top_logprobs", "prompt_logprobs", "return_token_ids", "stream_options", "best_of", "echo", "suffix"),
+    *("stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "truncate_prompt_tokens", "bad_words"),
+    *(
+        "use_beam_search",
+        "allowed_token_ids",
+        "logits_processors",
+        "response_format",
+        "structured_outputs",
+        "tools",
+        "tool_choice",
+    ),
+    *("functions", "function_call", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 )
+"""What the engine sets itself, or what would change the law drawn from or the shape of a reply."""
+
+_OFF: Mapping[str, tuple[Any, ...]] = {
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+}
+"""What would change the law drawn from, and the values that turn it off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +52,7 @@ class ServerSettings:
         seeds: whether each request carries a seed of its own; off for a server that refuses the field.
         token_ids: whether token ids and their log-probabilities are asked for, as vLLM gives them.
         limit_name: what the server calls the most new tokens: max_tokens or max_completion_tokens.
-        extra_body: further fields of every request.
+        extra_body: further fields of every request, none that changes the law drawn from or what a reply looks like.
         timeout: seconds until a request counts as lost.
         attempts: how often a request is sent until the server answers it.
         first_wait: seconds before the second attempt; the wait doubles with each.
@@ -54,3 +81,7 @@ class ServerSettings:
         check_connection(self)
         check_limit_name(self.limit_name)
         check_extra_body(self.extra_body, _OURS)
+        for name, values in _OFF.items():
+            if (value := self.extra_body.get(name)) is not None and value not in values:
+                fix = f"leave it out, or turn it off by {' or '.join(map(str, values))}"
+                raise ConfigError(f"extra_body sets {name} to {value!r}: it would change the law drawn from", fix=fix)
