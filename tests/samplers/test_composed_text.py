@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from enumerable_lm import END, OnlyAllowed
 from fakes import CHATML, byte_tokenizer, tiny_llama
-from polyref.errors import ModelError
+from polyref.errors import ModelError, ReferenceSetError
 from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.samplers.composed import draw_composed
 from polyref.samplers.composed_values import Drawn
@@ -98,6 +98,14 @@ def test_the_mixture_rejects_what_is_not_canonical(members):
     )
     assert p_value(drawn, masses) > 0.001
     assert 0 < drawn.acceptance < 1 and drawn.mass.low < sum(masses.values()) < drawn.mass.high
+
+
+def test_methods_of_tokens_are_refused_and_a_choice_is_of_whole_texts(members):
+    for method in ("tokens", "smc"):
+        with pytest.raises(ReferenceSetError, match=f"method {method} .*different tokenizers; use rejection, which needs whole"):
+            draw_composed(members, ["ab"], 1, SamplingParameters(LENGTH), seed=0, method=method)
+    (drawn,) = draw_composed(members, ["ab"], 2, SamplingParameters(LENGTH), seed=0)
+    assert drawn.method == "rejection" and len(drawn.samples) == 2 and drawn.exact
 
 
 def test_a_template_without_an_end_is_refused(tiny_tokenizer):

@@ -94,8 +94,13 @@ def test_completions_follow_the_enumerated_law(
     expected = n * np.exp([exact[tokens] for tokens in support])
     observed = np.array([counts[tokens] for tokens in support])
     assert chisquare(observed, expected).pvalue > 0.001
-    wrong = np.roll(expected, 1)
-    assert chisquare(observed, wrong).pvalue < 1e-9, "the test can tell a wrong sampler"
+    skewed = Coupling(coupling.stream, lambda law, *rest: coupling.choose((1.5 * law).log_softmax(-1), *rest))
+    (wrong,) = LocalEngine(enumerable, tokenizer, batch_size=500, coupling=skewed)(
+        ["ab"], n, SamplingParameters(3, temperature=temperature), seed=1
+    )
+    counts = Counter(completion.token_ids for completion in wrong)
+    observed = np.array([counts[tokens] for tokens in support])
+    assert chisquare(observed, expected).pvalue < 1e-9, "the test can tell a wrong sampler"
     for completion in drawn[:20]:
         assert completion.drawn_logp == pytest.approx(exact[completion.token_ids], abs=1e-9)
         assert completion.logp == pytest.approx(plain_logp(enumerable, prompt, completion.token_ids), abs=1e-9)
