@@ -120,11 +120,13 @@ def test_every_training_option_is_documented_with_its_default() -> None:
     from transformers import TrainingArguments
 
     from polyref import PreferenceConfig
+    from polyref.training.likelihood_config import LikelihoodConfig
     from polyref.training.reward_config import RewardConfig
 
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for config, page in ((PreferenceConfig, "docs/training.md"), (RewardConfig, "docs/rewards.md")):
-        rows = first_column(read(page))
+    pages = {PreferenceConfig: "training.md", RewardConfig: "rewards.md", LikelihoodConfig: "training_on_samples.md"}
+    for config, page in pages.items():
+        rows = first_column(read(f"docs/{page}"))
         for field in dataclasses.fields(config):
             if field.name not in inherited:
                 default = "none" if field.default is None else f"`{str(field.default).lower()}`"
@@ -150,6 +152,7 @@ def test_every_column_and_error_is_documented() -> None:
 def test_every_verb_and_setting_is_documented() -> None:
     from polyref.cli import (
         auxiliary_settings,
+        fit_settings,
         lab,
         plan,
         preference_source,
@@ -177,6 +180,8 @@ def test_every_verb_and_setting_is_documented() -> None:
         preference_source.RewardSource,
         sample_settings.SampleSettings,
         sample_settings.PromptSettings,
+        fit_settings.FitSettings,
+        fit_settings.SamplesSettings,
         lab.LabSettings,
         plan.PlanSettings,
         settings.DataSettings,

@@ -19,7 +19,23 @@ from polyref.rewards.functions import from_function
             {"method": "mixture"},
             "method mixture draws from a composition that is arithmetic",
         ),
-        "no such tilt": ({"tilt": "hard"}, "unknown tilt 'hard'", "rejection, importance"),
+        "no such tilt": ({"tilt": "hard"}, "unknown tilt 'hard'", "rejection, importance, forward"),
+        "forward weights of a geometric composition": (
+            {"tilt": "forward", "beta": 1.0, "reward": {"model": "rule:length"}},
+            "tilt forward weighs draws of the mixture, and the composition of the references is geometric",
+            "set composition to arithmetic",
+        ),
+        "forward weights of particles": (
+            {
+                "tilt": "forward",
+                "beta": 1.0,
+                "reward": {"model": "rule:length"},
+                "method": "smc",
+                "references": {"members": [{"model": "MODEL"}]},
+            },
+            "tilt forward weighs draws of the mixture, and method is smc",
+        ),
+        "forward weights without beta": ({"tilt": "forward"}, "tilt forward is given and no beta", "give a reward and beta"),
         "no such pairing": (
             {"pairing": "uncertain", "reward": {"model": "rule:length"}},
             "unknown pairing 'uncertain'",

@@ -27,6 +27,7 @@ VERBS = {
     "reward": "train a reward model on preference data, and say how far its rewards are to be believed",
     "auxiliary": "draw more pairs and have a preference model judge all, for variance-reduced training",
     "sample": "draw from references, exactly composed and tilted by a reward, and say how sure that is",
+    "fit": "train a policy on weighted samples, by maximum likelihood",
     "lab": "measure what theory claims, on exact bandits whose optimum is known",
     "plan": "say how many preference pairs a target gap needs, by the bounds and as measured",
 }

@@ -71,7 +71,7 @@ class SampleSettings:
         top_p: likewise, the likeliest mass that is drawn from.
         reward: scores the completions.
         beta: tilts what is drawn by exp(reward/beta); without it, completions are scored only.
-        tilt: keep by rejection, or keep all with importance weights.
+        tilt: keep by rejection, or keep all with importance weights; forward keeps all of a mixture, weighted for forward KL.
         r_max: a known upper bound of the reward, which makes rejection exact; by default the largest reward seen.
         proposals: completions of each prompt drawn for the tilt; by default 8 n.
         budget: the most completion tokens through models a prompt may take; by default 100 proposals for each completion.
@@ -146,12 +146,25 @@ class SampleSettings:
             raise ConfigError(f"r_max is {self.r_max}", fix="give a finite upper bound of the reward, or none")
         if self.r_max is not None and self.tilt != "rejection":
             raise ConfigError(f"r_max has no effect on tilt {self.tilt}", fix="leave it out")
+        if self.tilt == "forward":
+            self._check_forward()
         if self.proposals is not None and self.proposals < self.n:
             what = f"{self.proposals} proposals cannot give {self.n} samples"
             raise ConfigError(what, fix="raise proposals, or lower n")
         for name in ("min_margin", "tie_within"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}", fix="give a finite number of at least 0")
+
+    def _check_forward(self) -> None:
+        if self.beta is None:
+            raise ConfigError("tilt forward is given and no beta", fix="give a reward and beta, the strength of forward KL")
+        if len(self.references) > 1 and self.references.composition != "arithmetic":
+            what = "tilt forward weighs draws of the mixture, and the composition of the references is geometric"
+            raise ConfigError(what, fix="set composition to arithmetic, or take another tilt")
+        if self.method not in ("auto", "mixture"):
+            raise ConfigError(
+                f"tilt forward weighs draws of the mixture, and method is {self.method}", fix="use auto or mixture"
+            )
 
     @property
     def drawing(self) -> Drawing:

@@ -92,11 +92,16 @@ def render_record(record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, 
         chosen, rejected, *auxiliary = (f"{prompt}{completion}" for completion in completions)
         return Rendering(prompt, chosen, rejected, chat=False, auxiliary=tuple(auxiliary), auxiliary_cut=uncut)
     messages = _with_system(record.prompt, system_prompt)
-    chosen, rejected, *auxiliary = (
-        _apply_template(tokenizer, [*messages, *cast(Turns, turns)], place, add_generation_prompt=False)
-        for turns in completions
-    )
+    chosen, rejected, *auxiliary = (render_turn(messages, cast(Turns, turns), tokenizer, **place) for turns in completions)
     return Rendering(prompt, chosen, rejected, chat=True, auxiliary=tuple(auxiliary), auxiliary_cut=uncut)
+
+
+def render_turn(
+    messages: Sequence[Message], turn: Turns, tokenizer: PreTrainedTokenizerBase, *, source: str = "memory", row: int = 0
+) -> str:
+    """What the chat template writes of `messages` and the assistant's `turn` after them, with the errors of `render_record`."""
+    place = {"source": source, "row": row}
+    return _apply_template(tokenizer, [*messages, *turn], place, add_generation_prompt=False)
 
 
 def render_prompt(
@@ -181,15 +186,27 @@ class Encoder:
             for rendering in some:
                 yield self._settle(rendering, *islice(ids, 3 + len(rendering.auxiliary)))
 
+    def encode_texts(self, prompt: str, wholes: Sequence[str], cuts: Sequence[bool], *, chat: bool) -> tuple[Ids, list[Ids]]:
+        """Token ids of a prompt and of `wholes`, prompt and completion together; those that are not cut with their end of turn.
+
+        `chat`: a chat template wrote the texts, special tokens included. As pairs are encoded.
+        """
+        ids, *of_wholes = self._ids([prompt, *wholes])
+        return self._ends_settled(ids, of_wholes, cuts, chat=chat)
+
     def _settle(self, rendering: Rendering, prompt: Ids, *wholes: Ids) -> Encoding:
-        close: Callable[[Ids, int], Ids] = self._without_tail if rendering.chat else self._with_eos
-        opening = () if rendering.chat else self._opening
         cuts = (rendering.chosen_cut, rendering.rejected_cut, *rendering.auxiliary_cut)
-        chosen, rejected, *auxiliary = (
+        ids, (chosen, rejected, *auxiliary) = self._ends_settled(prompt, wholes, cuts, chat=rendering.chat)
+        return Encoding(ids, chosen, rejected, cuts[0], cuts[1], tuple(auxiliary), rendering.auxiliary_cut)
+
+    def _ends_settled(self, prompt: Ids, wholes: Sequence[Ids], cuts: Sequence[bool], *, chat: bool) -> tuple[Ids, list[Ids]]:
+        close: Callable[[Ids, int], Ids] = self._without_tail if chat else self._with_eos
+        opening = () if chat else self._opening
+        whole_ids = [
             opening + (whole if cut else close(whole, common_start(prompt, whole)))
             for whole, cut in zip(wholes, cuts, strict=True)
-        )
-        return Encoding(opening + prompt, chosen, rejected, cuts[0], cuts[1], tuple(auxiliary), rendering.auxiliary_cut)
+        ]
+        return opening + prompt, whole_ids
 
     def _with_eos(self, ids: Ids, start: int) -> Ids:
         """`ids` with the end-of-sequence token at the end, where the tokenizer has one and the completion has none."""

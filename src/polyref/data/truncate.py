@@ -1,7 +1,8 @@
-"""Cut a tokenised pair to a maximum length."""
+"""Cut a tokenised pair, or other completions of one prompt, to a maximum length."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from polyref.errors import ConfigError
@@ -24,12 +25,7 @@ def truncate_pair(pair: TokenizedPair, max_length: int, mode: str = "keep_start"
     "keep_start" cuts the ends of the completions. "keep_end" cuts the start of the shared prompt, down to one token, and only
     then the ends of the completions. A completion that is cut loses its end-of-turn and is marked so.
     """
-    check_truncation(max_length, mode)
-    prompt = pair.prompt_ids
-    if mode == "keep_end":
-        room = max(1, max_length - max(map(len, pair.completions)))
-        prompt = prompt[-room:]
-    room = max(0, max_length - len(prompt))
+    prompt, room = prompt_and_room(pair.prompt_ids, pair.completions, max_length, mode)
     if room == 0 or not all(pair.completions):
         return None
     return replace(
@@ -42,3 +38,13 @@ def truncate_pair(pair: TokenizedPair, max_length: int, mode: str = "keep_start"
         auxiliary_ids=tuple(ids[:room] for ids in pair.auxiliary_ids),
         auxiliary_cut=tuple(cut or len(ids) > room for cut, ids in zip(pair.auxiliary_cut, pair.auxiliary_ids, strict=True)),
     )
+
+
+def prompt_and_room(
+    prompt: tuple[int, ...], completions: Sequence[Sequence[int]], max_length: int, mode: str
+) -> tuple[tuple[int, ...], int]:
+    """What is left of `prompt`, and how many tokens of each of its `completions` there is room for, as `truncate_pair` cuts."""
+    check_truncation(max_length, mode)
+    if mode == "keep_end":
+        prompt = prompt[-max(1, max_length - max(map(len, completions))) :]
+    return prompt, max(0, max_length - len(prompt))

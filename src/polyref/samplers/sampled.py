@@ -24,15 +24,20 @@ from polyref.samplers.composed_values import Drawn, Sample
 from polyref.samplers.engine import SamplingParameters
 from polyref.samplers.members import load_members
 from polyref.samplers.references import sampling_policy
-from polyref.samplers.tilt import Kept, importance, reject
+from polyref.samplers.tilt import Kept, forward, importance, reject
 from polyref.types import Text
 
-TILTS = ("rejection", "importance")
+TILTS = ("rejection", "importance", "forward")
+
+_WEIGHED = {"importance": importance, "forward": forward}
 
 
 @dataclass(frozen=True)
 class Tilt:
-    """exp(r/beta) times the law drawn from: `by` rejection, under `r_max` if a bound is known, or by importance weights."""
+    """exp(r/beta) times the law drawn from: `by` rejection, under `r_max` if a bound is known, or by importance weights.
+
+    By forward: not that, but beta/(lambda - r) times the mixture drawn from, the optimum under forward KL, by weights.
+    """
 
     beta: float
     r_max: float | None = None
@@ -162,8 +167,8 @@ def _tilted(row: PromptRow, drawn: Drawn, rewards: Tensor, how: Drawing) -> Samp
     if not drawn.exact:  # particles cannot be thinned one by one; their log Z would need an interval that they do not give
         log_weights = torch.tensor([one.log_weight for one in drawn.samples], dtype=torch.float64)
         return Sampled(drawn, rewards, replace(importance(rewards, tilt.beta, log_weights=log_weights), log_z=None))
-    if tilt.by == "importance":
-        return Sampled(drawn, rewards, importance(rewards, tilt.beta))
+    if tilt.by in _WEIGHED:
+        return Sampled(drawn, rewards, _WEIGHED[tilt.by](rewards, tilt.beta))
     coins = torch.from_numpy(stream(how.seed, "tilt", row.prompt).random(len(rewards)))
     return Sampled(drawn, rewards, reject(rewards, coins, tilt.beta, r_max=tilt.r_max, wanted=how.n))
 

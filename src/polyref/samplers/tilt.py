@@ -124,6 +124,17 @@ def importance(rewards: Tensor, beta: float, *, log_weights: Tensor | None = Non
     return Kept(torch.arange(len(scores)), mean_one(scores), None, ess, log_mean(scores, level), len(scores), False, note)
 
 
+def forward(rewards: Tensor, beta: float) -> Kept:
+    """All of N draws of the mixture M_a, weighted by `forward_weights`: samples of the optimum under forward KL, M_a w [MR].
+
+    Consistent, with a bias of O(1/N). It is no tilt by exp(r/beta), so there is no log Z. Errors as for `reject`.
+    """
+    log_weights = forward_weights(_checked(rewards, beta), beta).weights.log()
+    ess = float(effective_size(log_weights))
+    note = f"approximate: weighted for forward KL, worth {ess:.1f} of {len(log_weights)} draws"
+    return Kept(torch.arange(len(log_weights)), log_weights, None, ess, None, len(log_weights), False, note)
+
+
 def resample(kept: Kept, n: int, uniform: float) -> Kept:
     """`n` of the weighted `kept`, all of weight 1, by systematic resampling; no more independent draws than before."""
     chosen = systematic(kept.log_weights, n, uniform)
