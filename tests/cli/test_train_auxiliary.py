@@ -22,7 +22,7 @@ def sampling(world: World) -> dict[str, Any]:
 def test_a_run_says_which_objective_it_had_and_shows_its_curves(objective: str, world: World) -> None:
     world.pairs(*pair_rows(8, **auxiliary_columns(3)))
     own: dict[str, Any] = {
-        "variance_reduced": {"control_coefficient": "optimal", "loss_type": "ipo"},
+        "variance_reduced": {"control_coefficient": "estimated", "loss_type": "ipo"},
         "doubly_robust": {"sampling_policy": sampling(world), "importance_clip": 5},
     }[objective]
     words = world.train(objective=objective, held_out=2, logging_steps=1, **own)
@@ -32,7 +32,7 @@ def test_a_run_says_which_objective_it_had_and_shows_its_curves(objective: str, 
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["objective"], summary["auxiliary_pairs"]) == (objective, 3)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    wanted = {"variance_reduced": {"vr/data", "vr/factor", "vr/loss_variance"}, "doubly_robust": {"dr/value", "dr/ess"}}[
+    wanted = {"variance_reduced": {"vr/data", "vr/factor", "vr/coefficient"}, "doubly_robust": {"dr/value", "dr/ess"}}[
         objective
     ]
     steps = [line for line in lines if "loss" in line]

@@ -24,7 +24,8 @@ if objective != "plain":
     drawn = [{"auxiliary_1": [" " + "x" * (i % 4 + 1), " y"], "auxiliary_2": [" z", " no" + "?" * (i % 3)]} for i in range(16)]
     said = [{"predicted_probability": i / 16, "auxiliary_probability": [0.3, 1 - i / 20]} for i in range(16)]
     rows = [row | a | b for row, a, b in zip(rows, drawn, said)]
-common = dict(
+common = {} if objective == "plain" else dict(control_coefficient="estimated")
+common |= dict(
     output_dir=output, per_device_train_batch_size=int(batch), per_device_eval_batch_size=int(batch), max_steps=3,
     learning_rate=1e-2, logging_steps=1, use_cpu=True, objective=objective,
     save_strategy="no", report_to="none", disable_tqdm=True, optim="sgd",

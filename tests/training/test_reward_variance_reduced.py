@@ -186,7 +186,7 @@ def test_the_log_has_what_a_policys_has(world: World) -> None:
     line = trainer.state.log_history[0]
     names = ("data", "correction", "auxiliary")
     shown = {f"vr/{name}{what}" for name in names for what in ("", "_variance")} | {"vr/loss_variance", "vr/factor"}
-    assert {name for name in line if "vr/" in name} == shown and set(METRICS) <= line.keys()
+    assert {name for name in line if "vr/" in name} == shown | {"vr/coefficient"} and set(METRICS) <= line.keys()
     assert line["vr/factor"] == pytest.approx(line["vr/data_variance"] / line["vr/loss_variance"])
 
 
@@ -255,8 +255,9 @@ def test_rows_without_an_auxiliary_model_are_refused_in_one_line(world: World) -
     [
         ({"objective": "best"}, "unknown objective 'best'; use plain or variance_reduced"),
         ({"objective": "doubly_robust"}, "a reward model has none; train a policy by it, or use variance_reduced"),
+        ({"control_coefficient": "estimated"}, "control_coefficient has no effect with objective plain"),
         ({"control_coefficient": 0.5}, "control_coefficient has no effect with objective plain; set objective"),
-        (REDUCED | {"control_coefficient": -1.0}, "control_coefficient is -1.0; give a number of at least 0, or optimal"),
+        (REDUCED | {"control_coefficient": -1.0}, "is -1.0; give a number of at least 0, or optimal, or estimated"),
         (REDUCED | {"control_coefficient": "most"}, "control_coefficient is 'most'; give a number"),
     ],
     ids=str,

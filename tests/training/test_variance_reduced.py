@@ -196,7 +196,7 @@ def test_a_log_line_holds_the_terms_their_variances_and_the_realised_factor(worl
 def test_one_pair_has_no_variance_and_equal_losses_no_factor() -> None:
     objective = VarianceReducedStep(lambda h, chosen_probability=None: h, 1.0)
     means = dict.fromkeys(objective.columns, 1.0)
-    assert set(objective.summary(means, 1)) == {"vr/data", "vr/correction", "vr/auxiliary"}
+    assert set(objective.summary(means, 1)) == {"vr/data", "vr/correction", "vr/auxiliary", "vr/coefficient"}
     assert objective.summary(means, 2)["vr/loss_variance"] == 0.0 and "vr/factor" not in objective.summary(means, 2)
     spread = means | {name + SQUARE: 1 + excess for name, excess in (("vr/data", 3.0), ("vr/loss", 2.0))}
     assert objective.summary(spread, 2)["vr/factor"] == 1.5
@@ -316,6 +316,7 @@ def test_rows_that_differ_in_columns_not_read_train_and_evaluate(world: World) -
         {"objective": "variance_reduced", "control_coefficient": -0.5},
         {"objective": "variance_reduced", "control_coefficient": math.nan},
         {"control_coefficient": 0.5},
+        {"control_coefficient": "estimated"},
         {"control_coefficient": "optimal", "objective": "doubly_robust"},
         {"objective": "variance_reduced", "importance_clip": 3.0},
         {"objective": "doubly_robust", "importance_clip": 0.0},

@@ -16,6 +16,8 @@ from polyref.objectives.metrics import Interval, mean_interval, preference_accur
 from polyref.objectives.pairwise import LOSSES, PairLoss, dr_dpo, hinge, ipo, pair_loss, robust, sigmoid, smoothed
 from polyref.objectives.variance_reduced import (
     VarianceReduced,
+    control_moments,
+    estimated_control,
     optimal_control,
     realised_factor,
     term_variances,
@@ -28,9 +30,11 @@ __all__ = [
     "Interval",
     "PairLoss",
     "VarianceReduced",
+    "control_moments",
     "direct_value",
     "dr_dpo",
     "doubly_robust_value",
+    "estimated_control",
     "hinge",
     "importance_diagnostics",
     "ipo",

@@ -14,6 +14,22 @@ g(x, y1, y2), its own P(y1 preferred), and so for M pairs drawn for the same pro
 - When the model is Bradley-Terry and right, lbar has gradient 0 at the optimum: its gradient variance there is the plain one.
 - The data part is unbounded below in h (z - g may have either sign): hold the policy by beta, early stopping or a ball.
 
+Which c, where g is not right. With a_p = d l(h, p)/dh (`sigmoid`: s(h) - p, s the logistic function) a pair's gradient is
+
+    a_z dh - c B,    B = a_g dh - mean_m a*_m dh*_m,    E B = 0,
+
+of least variance at c = E <a_z dh, B> / E |B|^2. Auxiliary pairs are independent of the data pair and have its law, so where
+the mean gradient is small beside that of one pair, and |dh|^2 does not go with a_z a_g or a_g^2, the variance is, in units of
+|dh|^2 and up to a constant, the parabola E[a_z^2] - 2 c E[a_z a_g] + c^2 (1 + 1/M) E[a_g^2], least at
+
+    c = E[a_z a_g] / ((1 + 1/M) E[a_g^2]).
+
+- As E[a_z | pair] = a_P, P the true preference, this is M/(M+1) times the slope of a_P on a_g: M/(M+1) if g is right; 0 if how
+  g differs from what h says tells nothing of how P does, as for every wrong g once h is right.
+- No c between 0 and the least point is above plain, so neither is that c clipped to [0, 1]; nor at the plain optimum, where
+  the mean gradient is 0, if |dh|^2 is alike for all pairs: of what was left out only |E a_g dh|^2 remains, which shrinks c.
+- A c made of EARLIER pairs leaves the loss unbiased given the past, as one chosen beforehand does.
+
 Source: [VR] arXiv 2504.03784; the control coefficient c is the textbook one.
 """
 
@@ -73,6 +89,27 @@ def optimal_control(auxiliary_pairs: int) -> float:
     if auxiliary_pairs < 1:
         raise ConfigError(f"{auxiliary_pairs} auxiliary pairs", where="optimal_control", fix="draw at least one a data pair")
     return auxiliary_pairs / (auxiliary_pairs + 1)
+
+
+def control_moments(h: Tensor, z: Tensor | float, g: Tensor, loss: PairLoss) -> Tensor:
+    """(sum a_z a_g, sum a_g^2) over all pairs, a_p = d l(h, p)/dh: (2,), float64 on the CPU, without gradient.
+
+    `h` and `g` (...), `z` one number or (...), `loss` as in `variance_reduced`. At a kink of `hinge` a_p is a subgradient.
+    """
+    at = h.detach().cpu().double().requires_grad_()
+    labels = (torch.as_tensor(p).detach().cpu().double() for p in (z, g))
+    with torch.enable_grad():
+        label, predicted = (torch.autograd.grad(loss(at, chosen_probability=p).sum(), at)[0] for p in labels)
+    return torch.stack([(label * predicted).sum(), (predicted**2).sum()])
+
+
+def estimated_control(moments: Tensor, auxiliary_pairs: int) -> float:
+    """c = clip(sum a_z a_g / ((1 + 1/M) sum a_g^2), 0, 1) of `control_moments` (2,) summed over earlier pairs.
+
+    `optimal_control` where they tell nothing (sum a_g^2 is 0: no pairs yet). ConfigError unless M >= 1.
+    """
+    largest, (product, square) = optimal_control(auxiliary_pairs), moments.tolist()
+    return min(max(largest * product / square, 0.0), 1.0) if square > 0 else largest
 
 
 def term_variances(terms: VarianceReduced) -> VarianceReduced:

@@ -47,8 +47,8 @@ def check_arguments(args: Any, counts: Sequence[str] = COUNTS) -> None:
 
 def check_control(control: float | str, objective: str) -> None:
     """ConfigError for a control coefficient that is none, or that `objective` would ignore."""
-    if control != "optimal" and (isinstance(control, str) or not 0 <= control < math.inf):
-        raise ConfigError(f"control_coefficient is {control!r}", fix="give a number of at least 0, or optimal")
+    if control not in ("optimal", "estimated") and (isinstance(control, str) or not 0 <= control < math.inf):
+        raise ConfigError(f"control_coefficient is {control!r}", fix="give a number of at least 0, or optimal, or estimated")
     if control != 1.0 and objective != "variance_reduced":
         what = f"control_coefficient has no effect with objective {objective}"
         raise ConfigError(what, fix="set objective to variance_reduced")

@@ -52,9 +52,12 @@ class PreferenceConfig(TrainingArguments):
             "variate. doubly_robust: the win rate over sampling_policy. The last two read the auxiliary columns."
         },
     )
-    control_coefficient: float | Literal["optimal"] = field(
+    control_coefficient: float | Literal["optimal", "estimated"] = field(
         default=1.0,
-        metadata={"help": "Weight of the control variate of variance_reduced, at least 0; optimal is M/(M+1) for M pairs."},
+        metadata={
+            "help": "Weight of the control variate of variance_reduced, at least 0; optimal is M/(M+1) for M pairs, best if "
+            "the auxiliary model is right; estimated finds the best for the one at hand, from the pairs of earlier steps."
+        },
     )
     importance_clip: float | None = field(
         default=10.0, metadata={"help": "Largest importance ratio of doubly_robust, above 0; none clips nothing."}

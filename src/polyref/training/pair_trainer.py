@@ -53,6 +53,7 @@ class PairTrainer(Trainer):
     ) -> None:
         self.metrics, self.step_objective = tuple(metrics), step_objective
         logged = step_objective.columns if step_objective is not None else ()
+        informed = step_objective.callbacks if step_objective is not None else ()
         self.means = PairMeans({"train": (*metrics, *logged), "eval": (*metrics, "loss")})
         self._evaluated: Any = None
         super().__init__(
@@ -61,7 +62,7 @@ class PairTrainer(Trainer):
             data_collator=PairCollator(),
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[WholeWindows(), *callbacks],
+            callbacks=[WholeWindows(), *informed, *callbacks],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: accumulation divides it

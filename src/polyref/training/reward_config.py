@@ -45,9 +45,12 @@ class RewardConfig(TrainingArguments):
             "variate, which reads the auxiliary columns."
         },
     )
-    control_coefficient: float | Literal["optimal"] = field(
+    control_coefficient: float | Literal["optimal", "estimated"] = field(
         default=1.0,
-        metadata={"help": "Weight of the control variate of variance_reduced, at least 0; optimal is M/(M+1) for M pairs."},
+        metadata={
+            "help": "Weight of the control variate of variance_reduced, at least 0; optimal is M/(M+1) for M pairs, best if "
+            "the auxiliary model is right; estimated finds the best for the one at hand, from the pairs of earlier steps."
+        },
     )
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest prompt + completion in tokens; longer ones are cut."}

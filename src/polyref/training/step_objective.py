@@ -11,12 +11,14 @@ from typing import Final, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from polyref.objectives.doubly_robust import direct_value, doubly_robust_value, importance_diagnostics, kl_penalty
 from polyref.objectives.pairwise import PairLoss
-from polyref.objectives.variance_reduced import optimal_control, variance_reduced
+from polyref.objectives.variance_reduced import control_moments, optimal_control, variance_reduced
+from polyref.training.estimated_control import EstimatedControl
 
-ControlCoefficient = float | Literal["optimal"]
+ControlCoefficient = float | Literal["optimal", "estimated"]
 
 SQUARE = " squared"
 
@@ -35,9 +37,13 @@ class Step(NamedTuple):
 
 
 class StepObjective(Protocol):
-    """One objective. `columns` names the values that `__call__` gives beside the losses: (B,) and, in float64, (B, columns)."""
+    """One objective. `columns` names the values that `__call__` gives beside the losses: (B,) and, in float64, (B, columns).
+
+    `callbacks` are told of every optimiser step and every resume.
+    """
 
     columns: tuple[str, ...]
+    callbacks: tuple[TrainerCallback, ...]
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]: ...
 
@@ -49,34 +55,39 @@ class StepObjective(Protocol):
 class VarianceReducedStep:
     """`objectives.variance_reduced` of any pair loss.
 
-    Logs the means of the terms `vr/data`, `vr/correction` and `vr/auxiliary`, the variance of each over the pairs of the line
-    and that of the loss (`vr/loss_variance`), and `vr/factor`: Var(plain loss)/Var(loss), above 1 where the auxiliary model
-    helps. All of them hold the spread between prompts too, so `vr/factor` understates the gain given the prompt.
+    Logs the means of the terms `vr/data`, `vr/correction` and `vr/auxiliary`, the control coefficient `vr/coefficient` (the
+    mean over the line where it is estimated), the variance of each term over the pairs of the line and that of the loss
+    (`vr/loss_variance`), and `vr/factor`: Var(plain loss)/Var(loss), above 1 where the auxiliary model helps. The variances
+    hold the spread between prompts too, so `vr/factor` understates the gain given the prompt.
     """
 
     terms = ("vr/loss", "vr/data", "vr/correction", "vr/auxiliary")
-    columns: tuple[str, ...] = (*terms, *(name + SQUARE for name in terms))
+    columns: tuple[str, ...] = (*terms, *(name + SQUARE for name in terms), "vr/coefficient")
 
     def __init__(self, loss: PairLoss, control: ControlCoefficient) -> None:
         self.loss, self.control = loss, control
+        self.estimate = EstimatedControl() if control == "estimated" else None
+        self.callbacks: tuple[TrainerCallback, ...] = (self.estimate,) if self.estimate is not None else ()
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
-        control = optimal_control(step.auxiliary_h.shape[-1]) if self.control == "optimal" else float(self.control)
-        terms = variance_reduced(
-            step.h,
-            step.inputs["chosen_probability"],
-            step.inputs["predicted_probability"],
-            step.auxiliary_h,
-            step.inputs["auxiliary_probability"],
-            self.loss,
-            control=control,
-        )
+        z, g = step.inputs["chosen_probability"], step.inputs["predicted_probability"]
+        control = self.coefficient(step.auxiliary_h.shape[-1])
+        said = step.inputs["auxiliary_probability"]
+        terms = variance_reduced(step.h, z, g, step.auxiliary_h, said, self.loss, control=control)
+        if self.estimate is not None:
+            self.estimate.add(control_moments(step.h, z, g, self.loss))
         values = torch.stack(terms, 1).detach().cpu().double()
-        return terms.loss, torch.cat([values, values**2], 1)
+        return terms.loss, torch.cat([values, values**2, values.new_full((len(values), 1), control)], 1)
+
+    def coefficient(self, auxiliary_pairs: int) -> float:
+        """c of this step, for M auxiliary pairs a data pair."""
+        if self.estimate is not None:
+            return self.estimate.coefficient(auxiliary_pairs)
+        return optimal_control(auxiliary_pairs) if self.control == "optimal" else float(self.control)
 
     def summary(self, means: Mapping[str, float], pairs: int) -> dict[str, float]:
-        """Means of the three terms and, from two pairs on, variances and, where the loss varies, their ratio."""
-        shown = {name: means[name] for name in self.terms[1:]}
+        """Means of the three terms, c and, from two pairs on, variances and, where the loss varies, their ratio."""
+        shown = {name: means[name] for name in (*self.terms[1:], "vr/coefficient")}
         if pairs < 2:
             return shown
         scale = pairs / (pairs - 1)
@@ -99,6 +110,7 @@ class DoublyRobustStep:
     times what independent draws give at a prompt x, and the other means lean to completions that q finds unlikely.
     """
 
+    callbacks: tuple[TrainerCallback, ...] = ()
     columns: tuple[str, ...] = ("dr/value", "dr/kl", "dr/clip_share", "dr/weight", "dr/weight" + SQUARE)
 
     def __init__(self, beta: float, clip: float | None) -> None:
