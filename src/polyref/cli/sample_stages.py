@@ -92,7 +92,7 @@ def _counting_alike(row: PromptRow, samples: Sequence[Row], own: SampleSettings)
     log_weights = [one["log_weight"] for one in samples]
     if len(set(log_weights)) <= 1:
         return range(len(samples))
-    uniform = float(stream(own.seed, "pairs", row.prompt).random())
+    uniform = float(stream(own.seed, "pairs", row.prompt, row.reference_weights).random())
     chosen: list[int] = systematic(torch.tensor(log_weights, dtype=torch.float64), own.n, uniform).tolist()
     return chosen
 

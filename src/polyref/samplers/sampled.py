@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -146,7 +147,10 @@ def _alone(references: ReferenceSet, how: Drawing) -> Draw:
 
 
 def sample(prompts: Sequence[PromptRow], draw: Draw, how: Drawing, reward: Reward | None) -> list[Sampled]:
-    """Samples of each prompt. Errors: those of drawing and of the reward, and of `reject` for a beta or r_max out of range."""
+    """Samples of each prompt, whose coins are its own, also where another is equal to it.
+
+    Errors: those of drawing and of the reward, and of `reject` for a beta or r_max out of range.
+    """
     drawn = draw(prompts)
     if reward is None:
         return [Sampled(one) for one in drawn]
@@ -157,10 +161,15 @@ def sample(prompts: Sequence[PromptRow], draw: Draw, how: Drawing, reward: Rewar
     ]
     values = reward([prompt for prompt, _ in texts], [text for _, text in texts])
     parts = values.split([len(some.samples) for some in drawn])
-    return [_tilted(row, some, own, how) for row, some, own in zip(prompts, drawn, parts, strict=True)]
+    seen, found = Counter[tuple[str, tuple[float, ...] | None]](), list[Sampled]()
+    for row, some, own in zip(prompts, drawn, parts, strict=True):
+        equal = prompt_key(row.prompt), row.reference_weights
+        found.append(_tilted(row, seen[equal], some, own, how))
+        seen[equal] += 1
+    return found
 
 
-def _tilted(row: PromptRow, drawn: Drawn, rewards: Tensor, how: Drawing) -> Sampled:
+def _tilted(row: PromptRow, place: int, drawn: Drawn, rewards: Tensor, how: Drawing) -> Sampled:
     if how.tilt is None or not drawn.samples:
         return Sampled(drawn, rewards)
     tilt = how.tilt
@@ -169,11 +178,12 @@ def _tilted(row: PromptRow, drawn: Drawn, rewards: Tensor, how: Drawing) -> Samp
         return Sampled(drawn, rewards, replace(importance(rewards, tilt.beta, log_weights=log_weights), log_z=None))
     if tilt.by in _WEIGHED:
         return Sampled(drawn, rewards, _WEIGHED[tilt.by](rewards, tilt.beta))
-    coins = torch.from_numpy(stream(how.seed, "tilt", row.prompt).random(len(rewards)))
-    return Sampled(drawn, rewards, reject(rewards, coins, tilt.beta, r_max=tilt.r_max, wanted=how.n))
+    coins = stream(how.seed, "tilt", row.prompt, row.reference_weights, place).random(len(rewards))
+    return Sampled(drawn, rewards, reject(rewards, torch.from_numpy(coins), tilt.beta, r_max=tilt.r_max, wanted=how.n))
 
 
-def stream(seed: int, what: str, prompt: Text) -> np.random.Generator:
-    """Random numbers of `what` for one prompt: no other prompt changes them."""
-    key = xxhash.xxh3_128_intdigest(f"{seed} {what} {prompt_key(prompt)}".encode())
+def stream(seed: int, what: str, prompt: Text, weights: tuple[float, ...] | None = None, place: int = 0) -> np.random.Generator:
+    """Random numbers of `what` for one prompt under its own `weights`, after `place` equal ones: others do not change them."""
+    own = f"{place} {weights} " if place or weights is not None else ""
+    key = xxhash.xxh3_128_intdigest(f"{seed} {what} {own}{prompt_key(prompt)}".encode())
     return np.random.Generator(np.random.Philox(key=key))
