@@ -46,6 +46,7 @@ ARMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "hinge": {"loss_type": "hinge"},
     "RSO-style hinge": {"loss_type": "hinge"},
     "variance-reduced": {"objective": "variance_reduced"},
+    "variance-reduced, estimated c": {"objective": "variance_reduced", "control_coefficient": "estimated"},
     "doubly robust": {"objective": "doubly_robust"},
     "variance-reduced, true g": {"objective": "variance_reduced"},
 }
