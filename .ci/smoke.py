@@ -11,7 +11,13 @@ import polyref
 assert "site-packages" in Path(polyref.__file__).parts, polyref.__file__
 assert "transformers" not in sys.modules, "import polyref is not light"
 
-SHIPPED = ("py.typed", "report/templates/page.html", "data/packaged/pandalm_human.jsonl.gz", "data/packaged/NOTICE")
+SHIPPED = (
+    "py.typed",
+    "report/templates/page.html",
+    "labelling/templates/page.html",
+    "data/packaged/pandalm_human.jsonl.gz",
+    "data/packaged/NOTICE",
+)
 for name in SHIPPED:
     assert files("polyref").joinpath(name).is_file(), f"the wheel lacks {name}"
 
