@@ -66,7 +66,12 @@ def test_a_run_leaves_a_policy_its_numbers_and_its_page(lora: Any, world: World)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any({"logps/weighted", "logps/even", "loss"} <= line.keys() for line in lines)
     page = (run / "report.html").read_text()
-    assert "Held-out negative log-likelihood" in page and "counted alike" in page and "<script" not in page
+    assert (
+        "Held-out negative log-likelihood" in page
+        and "counted alike" in page
+        and "nats higher than before" in page
+        and "<script" not in page
+    )
     before = outputs(run)
     assert world.run(words).code == 0 and outputs(run) == before, "a complete run is not done again"
 

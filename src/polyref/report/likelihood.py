@@ -37,7 +37,7 @@ def _sentences(summary: Row) -> list[str]:
         sure = "one prompt gives no interval" if low is None else f"95% interval {low:.2f} to {high:.2f}"
         lines.append(
             f"On the samples of {after['prompts']} held-out prompts ({summary['shared_prompts'] or 'none'} of them trained on) "
-            f"its log-likelihood rose by {mean:.2f} nats ({sure})."
+            f"its log-likelihood is {abs(mean):.2f} nats {'higher' if mean >= 0 else 'lower'} than before (gain: {sure})."
         )
     return lines
 
