@@ -68,7 +68,8 @@ TRAINING = {
     "use_cpu": True,
 }
 MINUTES = {"plain": 0.7, "variance_reduced": 2.0}
-"""Of one run on one thread of the machine the docs describe: what the estimate is made from."""
+"""Of one run on one thread, rounded from runs of `python benchmarks/human_votes_study.py` two at a time on two x86-64 processor
+cores: what the estimate printed at the start is made from. Another machine has another speed."""
 
 
 class Run(NamedTuple):

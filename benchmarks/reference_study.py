@@ -31,7 +31,8 @@ SYSTEM_PROMPTS = {
 }
 ARMS = {"both": (0, 1), "first alone": (0,), "second alone": (1,)}
 MINUTES = {"pocket": 2.0, "smollm2": 22.0}
-"""Of one run on one thread of the machine the docs describe: what the estimate is made from."""
+"""Of one run on one thread, rounded from runs of `python benchmarks/reference_study.py --tier TIER` two at a time on two x86-64
+processor cores: what the estimate printed at the start is made from. Another machine has another speed."""
 
 
 def main() -> None:

@@ -45,7 +45,8 @@ GRIDS = {
     "smollm2": (("sigmoid", "variance-reduced", "doubly robust"), ("lapses 40%",)),
 }
 MINUTES = {"pocket": {"auxiliary": 0.1, "policy": 0.6}, "smollm2": {"auxiliary": 0.1, "policy": 4.0}}
-"""Of one run on one thread of the machine the docs describe: what the estimate is made from."""
+"""Of one run on one thread, rounded from runs of `python benchmarks/robust_study.py --tier TIER` two at a time on two x86-64
+processor cores: what the estimate printed at the start is made from. Another machine has another speed."""
 
 
 def main() -> None:

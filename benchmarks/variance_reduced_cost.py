@@ -197,7 +197,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
 
     from polyref.report import figures
 
-    style = figures._STYLE | {name: GRID if "grid" in name or "edge" in name else INK for name in COLOURED}
+    style = figures.STYLE | {name: GRID if "grid" in name or "edge" in name else INK for name in COLOURED}
     with matplotlib.style.context(["default", style]):
         figure = matplotlib.figure.Figure(figsize=(9, 4.2), layout="constrained")
         panels = figure.subplots(1, 2)

@@ -31,7 +31,7 @@ _SERIES = [f"#0000{index + 16:02x}" for index in range(SERIES_COLOURS)]
 _VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)"} | {c: f"var(--series-{i + 1})" for i, c in enumerate(_SERIES)}
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _MARKED_POINTS = 12
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "DejaVu Sans",
@@ -53,6 +53,7 @@ _STYLE: dict[str, Any] = {
     "lines.linewidth": 1.8,
     "legend.frameon": False,
 }
+"""How charts look, by matplotlib's own names; its colours are markers, to be replaced where a chart leaves the page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,7 @@ def _axes(title: str, height: float) -> Iterator[tuple[Axes, list[str]]]:
 
     svg: list[str] = []
     with (
-        matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": f"polyref {one_line(title)}"}]),
+        matplotlib.style.context(["default", STYLE | {"svg.hashsalt": f"polyref {one_line(title)}"}]),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # the reader's browser has its own fonts
