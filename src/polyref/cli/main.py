@@ -29,6 +29,7 @@ VERBS = {
     "sample": "draw from references, exactly composed and tilted by a reward, and say how sure that is",
     "fit": "train a policy on weighted samples, by maximum likelihood",
     "label": "ask a person which completions are better, on a page or in a file, and write the pairs with these labels",
+    "multistep": "lead a policy to the references' tilt by a reward, by rejection sampling in several steps",
     "lab": "measure what theory claims, on exact bandits whose optimum is known",
     "plan": "say how many preference pairs a target gap needs, by the bounds and as measured",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ SECRETS = {field.name for field in fields(TrainingArguments) if field.name.endsw
 """Options of the trainers that are no settings here: the run folder keeps settings, and says which ones changed."""
 
 
-def add_training_arguments(parser: ArgumentParser, settings: type[TrainingArguments]) -> None:
-    """Every option of `settings`, and the run folder."""
-    parser.add_class_arguments(settings, skip={"output_dir", "resume_from_checkpoint"} | SECRETS)
+def add_training_arguments(parser: ArgumentParser, settings: type[TrainingArguments], skip: Sequence[str] = ()) -> None:
+    """Every option of `settings` but those to `skip`, and the run folder."""
+    parser.add_class_arguments(settings, skip={"output_dir", "resume_from_checkpoint", *skip} | SECRETS)
     parser.add_argument("--output_dir", type=str, required=True, help="The run folder.")
     for name in sorted(SECRETS):
         parser.add_argument(f"--{name}", help="Refused, as settings are kept in the run folder: set HF_TOKEN instead.")

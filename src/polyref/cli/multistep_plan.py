@@ -1,0 +1,141 @@
+"""What the settings of `polyref multistep` mean for the loop: its plan, its rewards, and what it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from polyref.cli.multistep_settings import MultistepSettings
+from polyref.cli.sample_stages import load_reward
+from polyref.cli.settings import peft_config
+from polyref.cli.training_run import DEFAULTS
+from polyref.errors import ConfigError
+from polyref.training.config import PreferenceConfig
+
+if TYPE_CHECKING:
+    from polyref.cli.progress import Meter
+    from polyref.data.prompt_rows import PromptRow
+    from polyref.loops.multistep import Plan
+    from polyref.rewards.protocols import Reward
+
+_REFUSED: dict[str, tuple[object, str]] = {
+    "divergence": ("reverse", "the steps lead to the optimum of reverse KL"),
+    "objective": ("plain", "what a step draws has no auxiliary pairs"),
+    "length_normalise": (False, "the tilt is no optimum of log-ratios divided by lengths"),
+    "load_best_model_at_end": (False, "there are no held-out pairs to choose by"),
+}
+"""Options of training that multi-step rejection sampling has no meaning for: what they must be, and why."""
+
+
+def check_training(own: MultistepSettings, training: Mapping[str, Any]) -> PreferenceConfig:
+    """The configuration of the last step. ConfigError for an option that is the run's own, or has no meaning here."""
+    if given := sorted({"beta", "prompt_format", "output_dir"} & training.keys()):
+        raise ConfigError(f"training has {given[0]}, which is the run's own", fix="leave it out, or set it beside training")
+    args = _settings(training, own.beta, own.output_dir)
+    for name, (needed, why) in _REFUSED.items():
+        if getattr(args, name) != needed:
+            raise ConfigError(f"{name} is {getattr(args, name)}, but {why}", fix="leave it out")
+    if args.eval_strategy != "no":
+        raise ConfigError("eval_strategy is set, but steps are judged by completions", fix="leave it out")
+    return args
+
+
+def _settings(training: Mapping[str, Any], beta: float, folder: str) -> PreferenceConfig:
+    try:
+        return PreferenceConfig(**DEFAULTS | dict(training) | {"beta": beta, "output_dir": folder})
+    except TypeError as error:
+        raise ConfigError(str(error), where="training settings", fix="name options of PreferenceConfig") from error
+
+
+def open_rewards(own: MultistepSettings, reward: Reward | None, gold: Reward | None) -> Callable[[], Sequence[Reward]]:
+    """What gives the reward and the gold reward, if there is one, loaded when first asked. ConfigError for none, or for two."""
+    for name, named, given in (("reward", own.reward, reward), ("gold", own.gold, gold)):
+        if named is not None and given is not None:
+            raise ConfigError(f"{name} is given twice, by name and as a function", fix="give one of them")
+    if own.reward is None and reward is None:
+        raise ConfigError("no reward is given", fix="name a reward model or a rule as reward.model")
+
+    @cache
+    def opened() -> Sequence[Reward]:
+        both = (reward if own.reward is None else load_reward(own.reward), gold if own.gold is None else load_reward(own.gold))
+        return [one for one in both if one is not None]
+
+    return opened
+
+
+def inputs_of(
+    own: MultistepSettings,
+    prompts: Sequence[PromptRow],
+    held_out: Sequence[PromptRow],
+    reward: Reward | None,
+    gold: Reward | None,
+) -> dict[str, str]:
+    """What the run depends on beyond its configuration, by the words that a refusal uses for it.
+
+    DataError for a prompt that leaves no room for a completion in the context of the policy or of a reference.
+    """
+    from polyref.references.reference_set import Reference, ReferenceSet
+    from polyref.samplers.references import refuse_long, without_room
+    from polyref.stages import content_digest, plain
+    from polyref.training.inputs import model_inputs, reference_inputs
+
+    inputs = {
+        "prompts": content_digest([plain(row) for row in prompts]),
+        "held-out prompts": content_digest([plain(row) for row in held_out]),
+        **model_inputs(own.source, "policy"),
+    }
+    inputs |= reference_inputs(own.anchor, "reference", inputs["tokenizer"])
+    for name, source, given in (("reward", own.reward, reward), ("gold reward", own.gold, gold)):
+        if source is not None:
+            inputs[f"weights of the {name}"] = source.fingerprint
+        elif given is not None:
+            inputs[f"weights of the {name}"] = f"{given.name} {getattr(given, 'fingerprint', None)}"
+    policy = ReferenceSet((Reference(own.model, dtype=own.dtype, gguf_file=own.gguf_file, revision=own.revision),))
+    for members in (own.anchor, policy):
+        everything = [*prompts, *held_out]
+        refuse_long(everything, without_room(everything, members, own.max_new_tokens), own.max_new_tokens)
+    return inputs
+
+
+def make_plan(
+    own: MultistepSettings, training: Mapping[str, Any], seed: int, rewards: Callable[[], Sequence[Reward]], meter: Meter
+) -> Plan:
+    """The plan of the loop."""
+    from polyref.cli.progress import TrainingProgress
+    from polyref.loops.multistep import Plan
+    from polyref.loops.pairing import Pairing
+    from polyref.loops.train import Training
+    from polyref.samplers.engine import SamplingParameters
+
+    how = Training(
+        own.anchor,
+        own.source,
+        partial(_settings, training),
+        None if own.lora is None else partial(peft_config, own.lora),
+        [TrainingProgress(meter)],
+        meter,
+    )
+    return Plan(
+        model=own.source,
+        references=own.anchor,
+        open_rewards=rewards,
+        beta=own.beta,
+        steps=own.equal_steps,
+        acceptance=own.acceptance,
+        most_steps=own.most_steps,
+        proposals=own.proposals,
+        keep=own.keep,
+        method=own.method,
+        budget=own.budget,
+        parameters=SamplingParameters(own.max_new_tokens),
+        r_max=own.r_max,
+        correct=own.correct,
+        pairing=Pairing(own.pairing, own.pairs, own.labels, own.min_margin, own.tie_within, seed),
+        eval_completions=own.eval_completions,
+        batch_size=own.batch_size,
+        prompts_at_once=own.prompts_at_once,
+        seed=seed,
+        training=how,
+        progress=meter,
+    )

@@ -1,0 +1,65 @@
+"""What is said of a policy by completions drawn from it: reward, gold reward, KL to the anchor, length, win rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from polyref.data.prompt_rows import PromptRow
+from polyref.data.sources import prompt_key
+from polyref.evaluation.winrate import reward_outcomes, win_rate
+from polyref.loops.generate import Proposed, finite
+from polyref.loops.policies import anchor_logp
+from polyref.objectives.metrics import mean_interval
+from polyref.references.reference_set import ReferenceSet
+
+Estimate = list[float | None]
+"""[mean, low, high], a 95% interval over prompts; None for an end that one prompt alone does not give."""
+
+
+def evaluated(
+    prompts: Sequence[PromptRow],
+    drawn: Sequence[Proposed],
+    start: Sequence[Proposed] | None,
+    references: ReferenceSet,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Estimates from as many completions of each prompt, whose `rewards` are the reward and, if there is one, the gold reward.
+
+    `kl` is E[log pi(y|x) - log anchor(y|x)] in nats over the policy's own draws: sum_i a_i KL(pi || pi_i) for a geometric
+    composition, which needs no normaliser [MR], KL(pi || M_a) for an arithmetic one. `kl_each` (K,) is KL(pi || pi_i), over the
+    prompts that give the reference weight. A completion that a reference could not score is left out of it. `win_rate` compares
+    gold rewards with those of `start`, draw by draw.
+    """
+    rows = [(row, proposal) for row, one in zip(prompts, drawn, strict=True) for proposal in one.proposals]
+    clusters = [f"{row.source} {row.row} {prompt_key(row.prompt)}" for row, _ in rows]
+
+    def estimate(values: Sequence[float]) -> Estimate | None:
+        known = [(value, cluster) for value, cluster in zip(values, clusters, strict=True) if math.isfinite(value)]
+        if not known:
+            return None
+        return [finite(end) for end in mean_interval([v for v, _ in known], [c for _, c in known], seed=seed)]
+
+    def ratio(own: float | None, other: float | None) -> float:
+        return math.nan if own is None or other is None else own - other
+
+    gold = [p.rewards[1] for _, p in rows] if len(rows[0][1].rewards) > 1 else None
+    return {
+        "reward": estimate([p.rewards[0] for _, p in rows]),
+        "gold": estimate(gold) if gold is not None else None,
+        "kl": estimate([ratio(p.own, anchor_logp(p, references, row)) for row, p in rows]),
+        "kl_each": [estimate([ratio(p.own, p.logps[k]) for _, p in rows]) for k in range(len(references))],
+        "length": estimate([float(p.tokens) for _, p in rows]),
+        "share_ended": sum(p.ended for _, p in rows) / len(rows),
+        "win_rate": _wins(rows, start, gold, seed) if gold is not None and start is not None else None,
+    }
+
+
+def _wins(rows: Sequence[tuple[PromptRow, Any]], start: Sequence[Proposed], gold: Sequence[float], seed: int) -> Estimate:
+    before = [proposal.rewards[1] for one in start for proposal in one.proposals]
+    outcomes = reward_outcomes(torch.tensor(gold, dtype=torch.float64), torch.tensor(before, dtype=torch.float64))
+    return [finite(end) for end in win_rate(outcomes, [row.prompt for row, _ in rows], seed=seed).rate]

@@ -1,0 +1,117 @@
+"""The stage that draws and scores: completions of some prompts at a time, kept in files, so that a kill loses at most one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from polyref.data.prompt_rows import PromptRow
+from polyref.files import write_bytes
+from polyref.rewards.protocols import Reward, check_rewards
+from polyref.samplers.auxiliary import as_completion
+from polyref.stages import Stage
+from polyref.types import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A completion: its text, the number of its `tokens`, with the one that ends it if it `ended`, and its `rewards` (R,).
+
+    `own` is its log-probability in nats under the policy that drew it, None of a composition; `logps` (K,) those under the
+    references, None where a reference was not asked, or cannot give the text any.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    own: float | None
+    logps: tuple[float | None, ...]
+    log_weight: float = 0.0
+    rewards: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """The proposals of one prompt: how many were `drawn` to get them, and the `calls`, completion tokens through models.
+
+    `exact`: each is a draw of the law asked for; `note` says in a line what is approximate, or missing.
+    """
+
+    proposals: tuple[Proposal, ...]
+    drawn: int
+    calls: int
+    exact: bool = True
+    note: str = ""
+
+
+Draw = Callable[[Sequence[PromptRow]], list[Proposed]]
+"""What draws for some prompts, the same for a prompt whichever others are asked for with it."""
+
+Progress = Callable[[str, int, int], None]
+"""Called as (what, done, total)."""
+
+
+def generate(
+    stage: Stage,
+    prompts: Sequence[PromptRow],
+    open_draw: Callable[[], Draw],
+    open_rewards: Callable[[], Sequence[Reward]],
+    *,
+    prompts_at_once: int,
+    progress: Progress,
+) -> list[Proposed]:
+    """Scored proposals of each prompt. Nothing is opened where all is found, and no chunk that is there is made again."""
+    starts = range(0, len(prompts), prompts_at_once)
+    files = [stage.folder / f"chunk-{number:06d}.json" for number in range(len(starts))]
+    missing = {file for file in files if not file.exists()}
+    draw, rewards = (open_draw(), open_rewards()) if missing else (None, ())
+    found: list[Proposed] = []
+    for start, file in zip(starts, files, strict=True):
+        if draw is not None and file in missing:
+            some = prompts[start : start + prompts_at_once]
+            scored = _scored(some, draw(some), rewards)
+            write_bytes(file, json.dumps([asdict(one) for one in scored], allow_nan=False).encode())
+        found += _read(json.loads(file.read_text()))
+        if missing:
+            progress(stage.name, len(found), len(prompts))
+    if not stage.done:
+        stage.finish(files)
+    return found
+
+
+def _scored(prompts: Sequence[PromptRow], drawn: Sequence[Proposed], rewards: Sequence[Reward]) -> list[Proposed]:
+    """`drawn` with the rewards of every proposal. ModelError for one that is no finite number."""
+    asked: list[Text] = []
+    texts: list[Text] = []
+    for row, one in zip(prompts, drawn, strict=True):
+        asked += [row.prompt] * len(one.proposals)
+        texts += [as_completion(row.prompt, proposal.text) for proposal in one.proposals]
+    columns = [check_rewards(reward(asked, texts), len(texts), reward.name).tolist() for reward in rewards]
+    each = iter(list(zip(*columns, strict=True)) if columns else [()] * len(texts))
+    return [_with(one, [next(each) for _ in one.proposals]) for one in drawn]
+
+
+def _with(one: Proposed, rewards: Sequence[tuple[float, ...]]) -> Proposed:
+    proposals = tuple(
+        Proposal(p.text, p.tokens, p.ended, p.own, tuple(map(finite, p.logps)), p.log_weight, values)
+        for p, values in zip(one.proposals, rewards, strict=True)
+    )
+    return Proposed(proposals, one.drawn, one.calls, one.exact, one.note)
+
+
+def _read(kept: list[dict[str, object]]) -> list[Proposed]:
+    return [
+        Proposed(**row | {"proposals": tuple(_proposal(one) for one in row["proposals"])})  # type: ignore[arg-type,attr-defined]
+        for row in kept
+    ]
+
+
+def _proposal(row: dict[str, object]) -> Proposal:
+    return Proposal(**row | {"logps": tuple(row["logps"]), "rewards": tuple(row["rewards"])})  # type: ignore[arg-type]
+
+
+def finite(value: float | None) -> float | None:
+    """`value`, or None where it is no finite number, which JSON does not know."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,147 @@
+"""The policy as it stands between two stages: where its weights are, how it is loaded, and what draws from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyref.data.prompt_rows import PromptRow
+from polyref.data.tokenize import tokenizer_fingerprint
+from polyref.loops.generate import Draw, Proposal, Proposed
+from polyref.references.compose import COMPOSITIONS
+from polyref.references.reference_set import ReferenceSet
+from polyref.samplers.engine import Completion, SamplingParameters
+from polyref.samplers.local import LocalEngine
+from polyref.samplers.members import Member, Members, load_members
+from polyref.samplers.members_scores import member_logps
+from polyref.samplers.sampled import Drawing, open_draw, pooled
+from polyref.scoring.models import ModelSource, attach_adapter, default_device, load_causal_lm, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model at `source`, with the `adapter` that training left in a folder, if any."""
+
+    source: ModelSource
+    adapter: Path | None = None
+
+    def load(self) -> Any:
+        """The model, an adapter's weights ready to be trained on."""
+        model: Any = load_causal_lm(self.source)
+        if self.adapter is None:
+            return model
+        model = attach_adapter(model, str(self.adapter))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        return model
+
+    def trained(self, folder: Path, adapter: bool) -> Policy:
+        """What training left in `folder`: an adapter of the same model, or a whole one."""
+        if adapter:
+            return replace(self, adapter=folder)
+        return Policy(replace(self.source, model=str(folder), gguf_file=None, revision=None))
+
+
+def from_references(references: ReferenceSet, prompts: Sequence[PromptRow], how: Drawing) -> Draw:
+    """Proposals of the composition of `references`, opened for `prompts`; particles of smc bring their log-weights."""
+    draw = open_draw(references, prompts, how)
+
+    def proposed(some: Sequence[PromptRow]) -> list[Proposed]:
+        return [
+            Proposed(
+                tuple(Proposal(s.text, len(s.token_ids), s.ended, None, s.logps, s.log_weight) for s in one.samples),
+                one.proposals,
+                one.calls,
+                one.exact,
+                one.note,
+            )
+            for one in draw(some)
+        ]
+
+    return proposed
+
+
+def from_policy(
+    policy: Policy,
+    tokenizer_source: ModelSource,
+    n: int,
+    parameters: SamplingParameters,
+    *,
+    batch_size: int,
+    seed: int,
+    scored: tuple[ReferenceSet, Sequence[PromptRow]] | None = None,
+) -> Draw:
+    """`n` proposals of each prompt from `policy`, read by the tokenizer at `tokenizer_source`.
+
+    With `scored`, references and all prompts, proposals carry their log-probabilities under these: of the very tokens where the
+    tokenizer is the policy's, else of the text, as a completion that ended.
+    """
+    tokenizer = load_tokenizer(tokenizer_source)
+    model = policy.load().to(default_device()).eval()
+    engine = LocalEngine(model, tokenizer, batch_size=batch_size, name="policy")
+    own = tokenizer_fingerprint(tokenizer)
+    members = None if scored is None else load_members(pooled(*scored))
+
+    def draw(some: Sequence[PromptRow]) -> list[Proposed]:
+        drawn = engine([row.prompt for row in some], n, parameters, seed=seed)
+        logps: list[list[tuple[float | None, ...]]] = [[()] * n for _ in some]
+        if members is not None and scored is not None:
+            logps = _reference_logps(members, scored[0], some, drawn, own, batch_size)
+        return [
+            Proposed(tuple(map(_proposal, completions, rows)), n, sum(len(one.token_ids) for one in completions))
+            for completions, rows in zip(drawn, logps, strict=True)
+        ]
+
+    return draw
+
+
+def _proposal(one: Completion, logps: tuple[float | None, ...]) -> Proposal:
+    return Proposal(one.text, len(one.token_ids), one.ended, one.logp, logps)
+
+
+def _reference_logps(
+    members: Members,
+    references: ReferenceSet,
+    rows: Sequence[PromptRow],
+    drawn: Sequence[Sequence[Completion]],
+    own: str,
+    batch_size: int,
+) -> list[list[tuple[float | None, ...]]]:
+    """log pi_i(y|x), (K,) for every completion of every prompt; None of members without weight for a prompt."""
+    n = len(drawn[0])
+    table: list[list[list[float | None]]] = [[[None] * len(references) for _ in range(n)] for _ in rows]
+    with members.drawing():
+        for k, member in enumerate(members.members):
+            if member is None:
+                continue
+            places, items = [], []
+            for i, row in enumerate(rows):
+                if (row.reference_weights or references.weights or ())[k] > 0:
+                    prompt = member.encoder.encode_prompt(row.prompt, member.system_prompt)
+                    for j, one in enumerate(drawn[i]):
+                        ids = _ids(member, row, one, own)
+                        if ids:
+                            places.append((i, j))
+                            items.append((prompt, ids))
+            for (i, j), logp in zip(places, member_logps(member, items, batch_size), strict=True):
+                table[i][j][k] = logp
+    return [[tuple(logps) for logps in some] for some in table]
+
+
+def _ids(member: Member, row: PromptRow, one: Completion, own: str) -> tuple[int, ...] | None:
+    same = tokenizer_fingerprint(member.encoder.tokenizer) == own
+    return one.token_ids if same else member.canonical_ids(row.prompt, one.text)
+
+
+def anchor_logp(proposal: Proposal, references: ReferenceSet, row: PromptRow) -> float:
+    """log G_a or log M_a of it under `references`, up to a term of the prompt alone; NaN where one of theirs is not known."""
+    weights = row.reference_weights or references.weights or ()
+    active = [k for k, weight in enumerate(weights) if weight > 0]
+    known = [math.nan if proposal.logps[k] is None else proposal.logps[k] for k in active]
+    a = torch.tensor([weights[k] for k in active], dtype=torch.float64)
+    return float(COMPOSITIONS[references.composition](torch.tensor(known, dtype=torch.float64), a / a.sum()))

@@ -1,0 +1,108 @@
+"""The stage that fits the policy to a step's pairs, against the references, from where the step before it left off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import TrainerCallback
+
+from polyref.data.tokenize import TokenizedPreferences
+from polyref.files import write_bytes
+from polyref.loops.generate import Progress
+from polyref.loops.pairing import Cut
+from polyref.loops.policies import Policy
+from polyref.references.reference_set import ReferenceSet
+from polyref.scoring.models import ModelSource, load_tokenizer
+from polyref.stages import RunFolder, Stage
+from polyref.training.checkpoints import save_policy
+from polyref.training.config import PreferenceConfig
+from polyref.training.course import metrics_writer, train_and_evaluate
+from polyref.training.dataset import ScoredPairs
+from polyref.training.preference_trainer import PreferenceTrainer
+from polyref.types import PreferenceRecord, TokenizedPair
+
+
+class DrawnPairsTrainer(PreferenceTrainer):
+    """A `PreferenceTrainer` on pairs that were drawn: completions that are `cut` are atoms without an end, scored as such."""
+
+    def __init__(self, cut: Cut, *args: Any, **options: Any) -> None:
+        self.cut = cut
+        super().__init__(*args, **options)
+
+    def _scored(self, data: TokenizedPreferences, name: str) -> ScoredPairs:
+        rows = zip(data.pairs, data.records, strict=True)
+        return super()._scored(replace(data, pairs=[_cut(pair, self.cut[one.source, one.row]) for pair, one in rows]), name)
+
+
+def _cut(pair: TokenizedPair, cut: tuple[bool, bool]) -> TokenizedPair:
+    """`pair` without the end of completions that are `cut`, unless nothing else would be left of them."""
+    changes: dict[str, Any] = {}
+    for side, gone in zip(("chosen", "rejected"), cut, strict=True):
+        ids = getattr(pair, f"{side}_ids")
+        if gone and not getattr(pair, f"{side}_cut") and len(ids) > 1:
+            changes |= {f"{side}_ids": ids[:-1], f"{side}_cut": True}
+    return replace(pair, **changes)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every training of a loop has in common.
+
+    `references` are the anchor, never the policy of the step before. `settings` makes the configuration of a training from its
+    beta and the folder of its checkpoints; `adapter` makes the PEFT configuration of the first, None where all weights train.
+    """
+
+    references: ReferenceSet
+    tokenizer: ModelSource
+    settings: Callable[[float, str], PreferenceConfig]
+    adapter: Callable[[Any], Any] | None
+    callbacks: Sequence[TrainerCallback]
+    progress: Progress
+
+
+def train(
+    folder: RunFolder,
+    stage: Stage,
+    inputs: dict[str, str],
+    policy: Policy,
+    records: Sequence[PreferenceRecord],
+    cut: Cut,
+    beta: float,
+    how: Training,
+    number: int,
+) -> tuple[Policy, dict[str, Any]]:
+    """Round `number`: `policy` trained on `records` at `beta`, in `stage`'s model/, and what is to be told of it.
+
+    A training that was interrupted goes on from its newest checkpoint. `inputs` are those of the stage.
+    """
+    trained = policy.trained(stage.folder / "model", how.adapter is not None)
+    told = stage.folder / "training.json"
+    if not stage.done:
+        model, tokenizer = policy.load(), load_tokenizer(how.tokenizer)
+        model.train()
+        trainer = DrawnPairsTrainer(
+            cut,
+            model,
+            how.references,
+            how.settings(beta, str(stage.folder)),
+            list(records),
+            None,
+            tokenizer,
+            how.adapter(model) if how.adapter is not None and policy.adapter is None else None,
+            callbacks=[*how.callbacks, metrics_writer(folder, number)],
+            reference_progress=how.progress,
+        )
+        train_and_evaluate(folder, stage, inputs, trainer, held_out=False, number=number)
+        save_policy(trainer.model, tokenizer, stage.folder / "model")
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        about = {"train_pairs": len(trainer.train_dataset), "train_loss": losses[-1] if losses else None}
+        write_bytes(told, json.dumps(about).encode())
+        stage.finish([stage.folder / "model", told])
+    for checkpoint in stage.folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    about = json.loads(told.read_text())
+    return trained, about
