@@ -66,9 +66,10 @@ def _ask_on_page(desk: Desk, own: LabelSettings) -> None:
     from polyref.cli.progress import Meter
     from polyref.labelling import served
 
-    with served(desk, port=own.port, grace=GRACE) as address, Meter("pairs") as meter:
+    with served(desk, port=own.port, grace=GRACE) as address:
         logger.info("vote at %s\nevery vote is kept at once; Ctrl-C leaves, and the same command goes on", address)
-        desk.wait(lambda done, total: meter("voted", done, total), grace=GRACE)
+        with Meter("pairs") as meter:
+            desk.wait(lambda done, total: meter("voted", done, total), grace=GRACE)
     logger.info("all %d pairs have a vote; the page has ended", desk.total)
 
 
