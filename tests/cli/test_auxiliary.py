@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,15 @@ import pytest
 import yaml
 
 from cli_world import World, assert_ends_in_one_line, assert_one_line, assert_refused, some_rows
+from fakes import byte_tokenizer, saved_llama, word_tokenizer
 from judge_world import judging
 from polyref.cli import auxiliary_stages
 from polyref.cli.auxiliary_summary import agreement
 from polyref.cli.preference_source import KINDS, RewardSource
 from polyref.data.sources import load_preferences
+from polyref.rewards.functions import from_function
 from polyref.rewards.reward_settings import read_reward_settings, write_reward_settings
+from polyref.rewards.rules import RULES
 from polyref.types import PreferenceRecord
 
 
@@ -99,6 +105,12 @@ def test_votes_of_others_judge_other_pairs_of_the_prompt(world: World) -> None:
     refused = world.run(world.auxiliary(**source, pairs=4, output_dir=world.path / "more"))
     assert_one_line(refused, ["row 1: its prompt has 3 other pairs with votes, and 4 are needed", "lower pairs"])
     source["output_dir"] = world.path / "more"
+    names = {"prompt": "question"}
+    renamed = [{names.get(k, k): v for k, v in row.items()} for row in votes]
+    own = world.pairs(*({"question": x, "chosen": "b", "rejected": "a"} for x in "xy"), name="own.jsonl")
+    source |= {"votes": world.pairs(*renamed, name="renamed.jsonl"), "output_dir": world.path / "renamed"}
+    assert world.run(world.auxiliary(**source, data=own, columns=names, pairs=3)).code == 0, "columns are of the votes too"
+    source |= {"votes": file, "output_dir": world.path / "more"}
     assert_refused(world, world.auxiliary(**source, data=file), ["votes and data are one source", "other annotators"])
     assert_refused(world, world.auxiliary(**source | {"redraws": 3}), ["redraws has no effect with votes", "leave it out"])
     world.pairs(*votes[:2], {"prompt": "x", "chosen": "b", "rejected": "c"}, name="votes.jsonl")
@@ -128,6 +140,23 @@ def test_a_reward_is_known_by_all_that_its_values_depend_on(world: World) -> Non
         assert kept is not None
         write_reward_settings(adapter, replace(kept, temperature=(kept.temperature or 1.0) + 1))
         assert source.fingerprint != before
+
+    sources = [RewardSource(str(world.model), adapter=str(adapter)), RewardSource(str(adapter))]
+    before = [source.fingerprint for source in sources]
+    saved_llama(world.model, byte_tokenizer(), seed=7)
+    other_base = [source.fingerprint for source in sources]
+    word_tokenizer(["yes", "no"]).save_pretrained(adapter)
+    other_words = [source.fingerprint for source in sources]
+    assert all(len(set(found)) == 3 for found in zip(before, other_base, other_words, strict=True))
+    whole = RewardSource(str(world.model)).fingerprint
+    word_tokenizer(["yes", "no"]).save_pretrained(world.model)
+    assert RewardSource(str(world.model)).fingerprint != whole
+
+
+def test_a_reward_that_is_no_number_is_named_by_its_row_of_the_data(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "broken", lambda: from_function(lambda x, y: math.nan if y == "no 9" else 1.0, "broken"))
+    outcome = world.run(world.auxiliary(reward={"model": "rule:broken"}))
+    assert_ends_in_one_line(outcome, "broken", "pairs.jsonl, row 10: gave nan as reward; a reward is a finite number")
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("auxiliary_*.yaml"))
@@ -206,6 +235,57 @@ def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_unbroken_one(world: Wor
     assert written(world, "broken") == written(world, "unbroken")
     before = written(world, "broken")
     assert world.run(words).code == 0 and written(world, "broken") == before
+
+
+KILLED = """
+import json, os, signal, sys
+import peft, torch, transformers
+from polyref.cli.main import main
+
+torch.set_num_threads(1)
+replace = os.replace
+
+def run(words, stop=0):
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    count = 0
+    def counted(*paths):
+        nonlocal count
+        count += 1
+        if count == stop and stop % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+        if count == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = counted
+    os._exit(main(words))
+
+words, folder = json.loads(sys.argv[1]), sys.argv[2]
+assert run([*words, "--output_dir", f"{folder}/unbroken"]) == 0
+for stop in range(1, 100, 3):
+    own = [*words, "--output_dir", f"{folder}/killed-{stop}"]
+    if run(own, stop) != signal.SIGKILL:
+        break
+    assert run(own) == 0
+"""
+"""Runs `polyref` in children, each killed before (odd) or after (even) a file is put in its place, then again to the end."""
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_run_with_a_rule_that_is_killed_outright_ends_with_the_same_bytes(world: World) -> None:
+    words = world.auxiliary(output_dir=None, prompts_at_once=3)
+    script = world.file("killed.py", KILLED)
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), json.dumps([str(word) for word in words]), str(world.path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    killed = sorted(path.name for path in world.path.glob("killed-*") if path.is_dir())
+    assert len(killed) > 4
+    for name in killed:
+        assert written(world, name) == written(world, "unbroken"), name
 
 
 def test_a_fold_that_is_fitted_is_not_fitted_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from polyref.errors import ConfigError, DataError, InputError, ModelError
+from polyref.rewards.functions import from_function
 from polyref.rewards.preference_model import NamedPreferences, from_ensemble, from_reward, from_votes, probability_of
 from polyref.types import PreferenceRecord, Text
 
@@ -124,3 +125,10 @@ def test_a_reward_that_is_not_finite_is_refused():
 
     with pytest.raises(ModelError, match="broken, row 1"):
         from_reward(Broken())(PROMPTS, FIRST, SECOND)
+
+
+def test_a_reward_of_a_second_completion_that_is_not_finite_is_named_by_the_row_of_its_pair():
+    reward = from_function(lambda x, y: math.nan if y == "bad" else 1.0, "r")
+    with pytest.raises(ModelError, match="^r, row 2: gave nan"):
+        from_reward(reward)(["p"] * 3, ["a"] * 3, ["b", "bad", "b"])
+    assert from_reward(reward)([], [], []).shape == (0,)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from polyref.errors import InputError, ModelError
-from polyref.rewards.protocols import check_probabilities, check_rewards, check_rows
+from polyref.errors import DataError, InputError, ModelError
+from polyref.rewards.protocols import check_probabilities, check_rewards, check_rows, rows_named
 
 
 @pytest.mark.parametrize("check", [check_rewards, check_probabilities])
@@ -51,3 +51,13 @@ def test_counts_of_texts_agree():
     assert check_rows("g", ["x", "x"], ["a", "b"], ["b", "a"]) == 2
     with pytest.raises(InputError, match="^g: 1 completions for 2 prompts; give one completion a prompt$"):
         check_rows("g", ["x", "x"], ["a", "b"], ["b"])
+
+
+def test_rows_of_a_part_are_named_as_those_of_the_whole():
+    places = ["a.jsonl, row 7", "a.jsonl, row 9"]
+    with pytest.raises(ModelError, match="^r, a.jsonl, row 9: gave nan as reward; a reward"), rows_named(places):
+        check_rewards([0.5, math.nan], 2, "r")
+    for where in ("r, row 3", "r", "b.jsonl, row 1, column chosen", None):
+        with pytest.raises(DataError) as error, rows_named(places):
+            raise DataError("is wrong", where=where, fix="mend it")
+        assert error.value.where == where

@@ -53,7 +53,6 @@ def make_auxiliary(
     own: AuxiliarySettings, source: PreferenceSource, data: DataSettings, config: dict[str, Any]
 ) -> dict[str, Any]:
     """One resumable run in `own.output_dir`; returns its summary, which is also in summary.json."""
-    from polyref.data.sources import load_preferences
     from polyref.rewards.auxiliary_columns import comparisons
     from polyref.stages import RunFolder
 
@@ -61,7 +60,7 @@ def make_auxiliary(
     with RunFolder(run_dir, config, seeds={"seed": own.seed}, may_change=MAY_CHANGE) as folder:
         complete = _complete(folder, own)
         records, held_out = data.load(own.prompt_format)
-        votes = load_preferences(source.votes, prompt_format=own.prompt_format) if source.votes is not None else []
+        votes = data.read(source.votes, own.prompt_format) if source.votes is not None else []
         _check_shares(votes)
         inputs = _inputs(own, source, records, held_out, votes)
         folder.refuse_changed(inputs, "write")
@@ -102,6 +101,8 @@ def _check(own: AuxiliarySettings, source: PreferenceSource, data: DataSettings)
         raise ConfigError("there is no sampling_policy", fix="name what the completions of the data were drawn from")
     if own.sampling_policy is not None:
         check_mixture(own.sampling_policy)
+        if own.member_per == "pair" and sum(own.sampling_policy.needed()) == 1:
+            raise ConfigError("member_per has no effect with a sampling_policy of one member", fix="leave it out")
 
 
 def _check_shares(votes: Records) -> None:

@@ -27,7 +27,7 @@ class AuxiliarySettings:
     Args:
         output_dir: the run folder.
         sampling_policy: what the completions of the data were drawn from; several members are a mixture of them.
-        member_per: whether each completion of the data has a member of its own, or both of a pair have one.
+        member_per: with several members, whether each completion of the data has one of its own, or both of a pair have one.
         pairs: auxiliary pairs of each data pair.
         max_new_tokens: longest completion; one that has not ended by then is cut there.
         temperature: that the data were drawn with.

@@ -90,10 +90,14 @@ def score(
     seed: int,
     inputs: dict[str, str],
 ) -> torch.Tensor:
-    """g of `pairs`, (P,) float64, `at_once` of them between two files, or a fold; NaN where a judge gave no verdict."""
+    """g of `pairs`, (P,) float64, `at_once` of them between two files, or a fold; NaN where a judge gave no verdict.
+
+    `pairs` are `comparisons` of `records`, whose rows errors name.
+    """
     import torch
 
     from polyref.cli.progress import Meter
+    from polyref.rewards.protocols import rows_named
 
     if (encoder := source.cross_encoder) is not None:
         files, starts = [stage.folder / "probabilities.json"], range(1)
@@ -105,15 +109,24 @@ def score(
         starts = range(0, len(pairs), at_once)
         files = [stage.folder / f"chunk-{number:06d}.json" for number in range(len(starts))]
     if any(not file.exists() for file in files):
+        places = _places(records, len(pairs) // len(records))
         with opened(source, votes, stage.run.path / "judge.jsonl") as ask, Meter("pairs") as meter:
             for start, file in zip(starts, files, strict=True):
                 if not file.exists():
-                    keep(file, [None if math.isnan(g) else g for g in ask(pairs[start : start + at_once]).tolist()])
+                    with rows_named(places[start : start + at_once]):
+                        said = ask(pairs[start : start + at_once]).tolist()
+                    keep(file, [None if math.isnan(g) else g for g in said])
                 meter("asking the preference model", min(start + at_once, len(pairs)), len(pairs))
     if not stage.done:
         stage.finish(files)
     values = [g for file in files for g in json.loads(file.read_text())]
     return torch.tensor([math.nan if g is None else g for g in values], dtype=torch.float64)
+
+
+def _places(records: Sequence[PreferenceRecord], each: int) -> list[str]:
+    """Where in the data each record's own pair and its `each` - 1 auxiliary pairs are from."""
+    numbers = ["", *(f", auxiliary pair {number}" for number in range(1, each))]
+    return [f"{record.source}, row {record.row}{number}" for record in records for number in numbers]
 
 
 def keep(file: Path, value: Any) -> None:

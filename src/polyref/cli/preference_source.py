@@ -96,19 +96,14 @@ class RewardSource:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights and what is kept beside them, or of a rule with the data it reads."""
-        from polyref.rewards.classifier import is_adapter
-        from polyref.rewards.reward_settings import read_reward_settings
+        """Of weights (an adapter's base too), tokenizer and what is kept beside them, or of a rule with the data it reads."""
+        from polyref.rewards.reward_model import saved_fingerprint
         from polyref.rewards.rules import rule
-        from polyref.scoring.models import adapter_fingerprint, weights_fingerprint
 
         if self.model.startswith("rule:"):
             return rule(self.model).fingerprint or self.model
-        beside = str(read_reward_settings(*((self.model, self.revision) if self.adapter is None else (self.adapter,))))
-        if is_adapter(self.model):
-            return adapter_fingerprint(self.model) + beside
-        source = ModelSource(self.model, None, self.dtype or "float32", self.revision, self.trust_remote_code)
-        return weights_fingerprint(source) + adapter_fingerprint(self.adapter) + beside
+        given = {"adapter": self.adapter, "dtype": self.dtype, "revision": self.revision}
+        return saved_fingerprint(self.model, trust_remote_code=self.trust_remote_code, **given)
 
     def load(self) -> PreferenceModel:
         """The preference model, ready."""
@@ -130,8 +125,8 @@ class PreferenceSource:
         cross_encoder: fitted here to the data, in folds.
         reward: the difference of a reward.
         ensemble: the mean over several rewards.
-        votes: a data source with the shares of other annotators' votes in chosen_probability; auxiliary pairs are other pairs
-            of the prompt there.
+        votes: a data source with the shares of other annotators' votes in chosen_probability, read by the split, columns and
+            data_revision of the data; auxiliary pairs are other pairs of the prompt there.
         judge: a language model behind an OpenAI-compatible server.
     """
 

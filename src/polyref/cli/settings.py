@@ -46,16 +46,18 @@ class DataSettings:
         if self.eval_data is not None and self.held_out:
             raise ConfigError("eval_data and held_out are both given", fix="give one of them")
 
-        def load(source: str) -> list[PreferenceRecord]:
-            return load_preferences(
-                source, split=self.split, prompt_format=prompt_format, columns=self.columns, revision=self.data_revision
-            )
-
-        train, held_out = load(self.data), load(self.eval_data) if self.eval_data else []
+        train = self.read(self.data, prompt_format)
+        held_out = self.read(self.eval_data, prompt_format) if self.eval_data else []
         if self.held_out:
             amount = int(self.held_out) if self.held_out >= 1 else self.held_out
             train, held_out = split_by_prompt(train, held_out=amount, seed=self.split_seed)
         return train[: self.limit], held_out
+
+    def read(self, source: str, prompt_format: Literal["as_is", "chat", "transcript"]) -> list[PreferenceRecord]:
+        """All records of `source`, read as the data are: by their split, columns and revision."""
+        return load_preferences(
+            source, split=self.split, prompt_format=prompt_format, columns=self.columns, revision=self.data_revision
+        )
 
 
 @dataclass

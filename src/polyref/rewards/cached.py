@@ -9,17 +9,15 @@ The means are those of `polyref.scoring.cache`: immutable parts, one writer at a
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
-from polyref.errors import ConfigError, DataError, ModelError
-from polyref.rewards.protocols import Reward, check_rewards, check_rows
+from polyref.errors import ConfigError
+from polyref.rewards.protocols import Reward, check_rewards, check_rows, rows_named
 from polyref.scoring.cache import ScoreCache
 from polyref.types import Text
 
@@ -95,7 +93,7 @@ class CachedReward:
             missing = [row for row in rows if keys[row] not in found]
             for start in range(0, len(missing), self._rows_at_once):
                 block = missing[start : start + self._rows_at_once]
-                with _rows_named(block):
+                with rows_named([f"row {row + 1}" for row in block]):
                     rewards = self.reward([prompts[row] for row in block], [completions[row] for row in block])
                     values = check_rewards(rewards, len(block), self.name).tolist()
                 block_keys = [keys[row] for row in block]
@@ -105,18 +103,6 @@ class CachedReward:
                 if self._progress is not None:
                     self._progress(self.name, start + len(block), len(missing))
         return found
-
-
-@contextmanager
-def _rows_named(rows: Sequence[int]) -> Iterator[None]:
-    """Errors of the body that name a row of the block name the row of the whole call."""
-    try:
-        yield
-    except (DataError, ModelError) as error:
-        place = re.fullmatch(r"(.*), row (\d+)", error.where or "")
-        if place is None or not 1 <= int(place[2]) <= len(rows) or type(error) not in (DataError, ModelError):
-            raise
-        raise type(error)(error.what, where=f"{place[1]}, row {rows[int(place[2]) - 1] + 1}", fix=error.fix) from error
 
 
 def cached(

@@ -55,11 +55,7 @@ def load_adapted_classifier(
     gone, or the adapter is of another model, of another task, or came without its score head or another part that its base
     lacks.
     """
-    from peft import PeftConfig
-
-    check_adapter(adapter)
-    with loading_errors(ModelSource(adapter), "adapter"):
-        config = PeftConfig.from_pretrained(adapter)
+    config = _adapter_config(adapter)
     named = config.base_model_name_or_path
     if not (base or named) or config.task_type != "SEQ_CLS" or not getattr(config, "modules_to_save", None):
         fix = "give an adapter of task SEQ_CLS, with the score head in modules_to_save"
@@ -106,6 +102,22 @@ def check_one_logit(config: Any, where: str) -> None:
 def is_adapter(folder: str | Path) -> bool:
     """Whether `folder` holds a PEFT adapter."""
     return (Path(folder).expanduser() / "adapter_config.json").is_file()
+
+
+def base_of(adapter: str, dtype: str = "float32", gguf_file: str | None = None) -> ModelSource:
+    """The model that the adapter in folder or hub id `adapter` names as its base. ModelError where it names none."""
+    named = _adapter_config(adapter).base_model_name_or_path
+    if not named:
+        raise ModelError("this adapter names no base model", where=adapter, fix="give the base, and this as its adapter")
+    return ModelSource(named, gguf_file, dtype)
+
+
+def _adapter_config(adapter: str) -> Any:
+    from peft import PeftConfig
+
+    check_adapter(adapter)
+    with loading_errors(ModelSource(adapter), "adapter"):
+        return PeftConfig.from_pretrained(adapter)
 
 
 def _text_config(source: ModelSource) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polyref.data.sources import prompt_key
 from polyref.errors import ConfigError, DataError
-from polyref.rewards.protocols import PreferenceModel, Reward, check_probabilities, check_rewards, check_rows
+from polyref.rewards.protocols import PreferenceModel, Reward, check_probabilities, check_rewards, check_rows, rows_named
 from polyref.types import PreferenceRecord, Text
 
 
@@ -52,8 +52,9 @@ def from_reward(reward: Reward, temperature: float | None = None, name: str | No
         raise ConfigError(f"temperature is {divisor}", where="from_reward", fix="give a number above 0")
 
     def preferences(prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]) -> Tensor:
-        both = reward([*prompts, *prompts], [*first, *second])
-        of_first, of_second = check_rewards(both, 2 * len(prompts), reward.name).chunk(2) if len(prompts) else (both, both)
+        with rows_named([f"row {row + 1}" for row in range(len(prompts))] * 2):
+            both = check_rewards(reward([*prompts, *prompts], [*first, *second]), 2 * len(prompts), reward.name)
+        of_first, of_second = both.tensor_split(2)
         return probability_of((of_first - of_second) / divisor)
 
     return NamedPreferences(name or f"difference of {reward.name}", preferences)

@@ -5,13 +5,15 @@ A function or an object with a `name` and the call below is one; nothing is inhe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from polyref.errors import InputError, ModelError
+from polyref.errors import DataError, InputError, ModelError
 from polyref.types import Text
 
 
@@ -44,6 +46,19 @@ def check_rows(who: str, prompts: Sequence[Text], *completions: Sequence[Text]) 
             what = f"{len(texts)} completions for {len(prompts)} prompts"
             raise InputError(what, where=who, fix="give one completion a prompt")
     return len(prompts)
+
+
+@contextmanager
+def rows_named(rows: Sequence[str]) -> Iterator[None]:
+    """A DataError or ModelError of the body whose place ends in "row N", N of `rows`, says the N-th of them instead."""
+    try:
+        yield
+    except (DataError, ModelError) as error:
+        place = re.fullmatch(r"(?:(.*), )?row (\d+)", error.where or "")
+        if place is None or not 1 <= int(place[2]) <= len(rows) or type(error) not in (DataError, ModelError):
+            raise
+        where = ", ".join(part for part in (place[1], rows[int(place[2]) - 1]) if part)
+        raise type(error)(error.what, where=where, fix=error.fix) from error
 
 
 def check_rewards(values: Tensor | Sequence[float], n: int, who: str) -> Tensor:

@@ -18,11 +18,19 @@ from polyref.data.records import to_messages
 from polyref.data.tokenize import tokenize_records, tokenizer_fingerprint
 from polyref.errors import ConfigError, DataError
 from polyref.references.score import check_fit
-from polyref.rewards.classifier import is_adapter, load_adapted_classifier, load_classifier
+from polyref.rewards.classifier import base_of, is_adapter, load_adapted_classifier, load_classifier
 from polyref.rewards.protocols import check_rewards, check_rows
 from polyref.rewards.reward_settings import RewardModelSettings, read_reward_settings
 from polyref.scoring.logprobs import causal_lm, to_device
-from polyref.scoring.models import ModelSource, default_device, load_tokenizer, loading_errors, module_fingerprint
+from polyref.scoring.models import (
+    ModelSource,
+    adapter_fingerprint,
+    default_device,
+    load_tokenizer,
+    loading_errors,
+    module_fingerprint,
+    weights_fingerprint,
+)
 from polyref.scoring.score_head import padding_token, probe_rewards, rewards_and_features, score_head, settle_padding
 from polyref.stages import content_digest
 from polyref.types import PreferenceRecord, Text, TokenBatch, TokenizedPair
@@ -118,7 +126,8 @@ class RewardModel:
         else:
             base = source if adapter is not None else None
             network = load_adapted_classifier(str(saved), source.dtype, base=base, gguf_file=kept.gguf_file)
-        words = load_tokenizer(replace(source, model=tokenizer)) if tokenizer else _tokenizer_beside(saved, source, network)
+        beside = replace(source, model=causal_lm(network).config._name_or_path) if saved is not None else source
+        words = load_tokenizer(replace(source, model=tokenizer)) if tokenizer else tokenizer_beside(saved, beside)
         return cls(
             network,
             words,
@@ -197,12 +206,32 @@ class RewardModel:
                 yield [i for g in batch for i in groups[g]], collate([items[g] for g in batch], layout=self.plan.layout)
 
 
-def _tokenizer_beside(saved: str | Path | None, source: ModelSource, network: nn.Module) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with an adapter, else the one of the model it is on, or of the whole model at `source`."""
-    if saved is None:
+def saved_fingerprint(
+    model: str,
+    *,
+    adapter: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> str:
+    """A text that changes with anything saved that the values of `RewardModel.load` with these arguments depend on.
+
+    That is the weights, of an adapter and of its base too, the tokenizer, and the settings kept beside them; nothing is loaded
+    but the tokenizer. ModelError as `load`.
+    """
+    saved = adapter if adapter is not None else model if is_adapter(model) else None
+    kept = read_reward_settings(*((model, revision) if saved is None else (saved,)))
+    own = kept or RewardModelSettings()
+    source = ModelSource(model, None, dtype or own.dtype, revision, trust_remote_code)
+    base = source if saved is None or adapter is not None else base_of(saved, source.dtype, own.gguf_file)
+    words = tokenizer_beside(saved, replace(source, model=base.model))
+    return content_digest([weights_fingerprint(base), adapter_fingerprint(saved), tokenizer_fingerprint(words), str(kept)])
+
+
+def tokenizer_beside(saved: str | Path | None, source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with an adapter, if it is there, else that of the model at `source`: the adapter's base, or all."""
+    if saved is None or not (Path(saved).expanduser() / "tokenizer_config.json").is_file():
         return load_tokenizer(source)
-    if not (Path(saved).expanduser() / "tokenizer_config.json").is_file():
-        return load_tokenizer(replace(source, model=causal_lm(network).config._name_or_path))
     from transformers import AutoTokenizer
 
     with loading_errors(ModelSource(str(saved)), "tokenizer"):
