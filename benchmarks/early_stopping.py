@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--data", default="../shared/data/pandalm-human/pairs.jsonl.gz")
-    parser.add_argument("--prompts", type=int, help="of a turn: 4, and 2 with --quick")
+    parser.add_argument("--prompts", type=int, help="of a turn: 4, and 1 with --quick")
     parser.add_argument("--n", type=int, default=16, help="proposals for each")
     parser.add_argument("--max_new_tokens", type=int, default=24)
     parser.add_argument("--batch_size", type=int, default=32)
@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick == (arguments.model is not None):
         parser.error("give --model, or --quick")
-    arguments.prompts = arguments.prompts or (2 if arguments.quick else 4)
+    arguments.prompts = arguments.prompts or (1 if arguments.quick else 4)
     return arguments
 
 
