@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from cli_world import World, assert_ends_in_one_line, assert_refused, table
 from polyref.cli import multistep_plan
@@ -53,7 +54,8 @@ def test_a_run_leaves_a_policy_its_numbers_and_its_page(world: World) -> None:
     assert first["step_beta"] == second["step_beta"] == 4.0 and second["acceptance"] is None and second["scored"] == 32
     assert all(row["kl"][0] is not None and len(row["kl_each"]) == 2 for row in summary["steps"])
     assert (run / "model" / "model.safetensors").exists() and not list(run.rglob("checkpoint-*"))
-    assert (run / "stages" / "train-2" / "model" / "adapter_model.safetensors").exists()
+    adapters = [load_file(run / "stages" / f"train-{step}" / "model" / "adapter_model.safetensors") for step in (1, 2)]
+    assert all(not tensor.equal(adapters[1][name]) for name, tensor in adapters[0].items()), "one adapter, trained on"
     records = load_preferences(run / "stages" / "pair-2" / "pairs.jsonl")
     assert len(records) == second["pairs"] and all(0.5 <= one.chosen_probability < 1 for one in records)
     page = (run / "report.html").read_text()
@@ -62,6 +64,7 @@ def test_a_run_leaves_a_policy_its_numbers_and_its_page(world: World) -> None:
     assert [row["round"] for row in metrics] == sorted(row["round"] for row in metrics) and metrics[-1]["round"] == 2
     before = outputs(run)
     assert world.run(world.multistep(**settings)).code == 0 and outputs(run) == before
+    assert "names the policy's own model" not in outcome.err
     changed = world.run(world.multistep(**settings | {"beta": 3}))
     assert_ends_in_one_line(changed, "made with another configuration: beta 2")
     world.pairs({"prompt": "another question?"}, {"prompt": "a third?"}, {"prompt": "a fourth?"})

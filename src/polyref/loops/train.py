@@ -27,11 +27,16 @@ from polyref.types import PreferenceRecord, TokenizedPair
 
 
 class DrawnPairsTrainer(PreferenceTrainer):
-    """A `PreferenceTrainer` on pairs that were drawn: completions that are `cut` are atoms without an end, scored as such."""
+    """A `PreferenceTrainer` on pairs that were drawn: completions that are `cut` are atoms without an end, scored as such.
 
-    def __init__(self, cut: Cut, *args: Any, **options: Any) -> None:
+    A policy that has `moved` is not where its references are: nothing is said of log-ratios that are not 0 at the first step.
+    """
+
+    def __init__(self, cut: Cut, moved: bool, *args: Any, **options: Any) -> None:
         self.cut = cut
         super().__init__(*args, **options)
+        if moved:
+            self._start_check = None
 
     def _scored(self, data: TokenizedPreferences, name: str) -> ScoredPairs:
         rows = zip(data.pairs, data.records, strict=True)
@@ -86,6 +91,7 @@ def train(
         model.train()
         trainer = DrawnPairsTrainer(
             cut,
+            number > 1,
             model,
             how.references,
             how.settings(beta, str(stage.folder)),

@@ -63,19 +63,21 @@ def _key_numbers(summary: Row) -> list[KeyNumber]:
 
 def _gains(summary: Row) -> Section:
     rows = summary["steps"]
-    columns = ("step", "beta", "reward", "gold", "win rate", "KL, nats", "tokens")
-    table = [
-        [str(row["step"]) if row["step"] else "start", row["beta"]]
-        + [_cell(row[name]) for name in ("reward", "gold", "win_rate", "kl", "length")]
-        for row in rows
+    names = ["start" if not row["step"] else str(row["step"]) for row in rows]
+    table: list[list[Cell]] = [
+        [name, row["beta"], *(_cell(row[column]) for column in ("reward", "kl", "length"))]
+        for name, row in zip(names, rows, strict=True)
     ]
     text = (
-        f"Each point is the policy after a step, the first one the start; bands and brackets are 95% intervals over prompts. "
+        f"Each point is the policy after a step, the first one the start; a band and brackets are 95% intervals over prompts. "
         f"Up is more reward, left is closer to the references. Judged on {summary['judged_on']}, by completions drawn anew.",
     )
-    each = [[str(row["step"]) if row["step"] else "start", *map(_cell, row["kl_each"])] for row in rows]
-    tables = [Table(columns, table)]
+    tables = [Table(("step", "beta", "reward", "KL to the references, nats", "tokens"), table)]
+    if rows[-1]["gold"] is not None:
+        gold = [[name, _cell(row["gold"]), _cell(row["win_rate"])] for name, row in zip(names, rows, strict=True)]
+        tables.append(Table(("step", "gold reward", "gold win rate against the start"), gold))
     if len(summary["references"]) > 1:
+        each = [[name, *map(_cell, row["kl_each"])] for name, row in zip(names, rows, strict=True)]
         tables.append(Table(("step", *summary["references"]), each, "KL to each reference, nats"))
     figures = [_frontier("reward", "Reward against KL", rows)]
     if rows[-1]["gold"] is not None:
@@ -84,17 +86,20 @@ def _gains(summary: Row) -> Section:
 
 
 def _frontier(name: str, title: str, rows: Sequence[Row]) -> Figure | None:
-    """Reward over KL, a point a step, in order of KL as a line needs it."""
-    known = sorted((row for row in rows if row["kl"] is not None and row[name] is not None), key=lambda row: row["kl"][0])
+    """Reward over KL, a point a step, joined in their order, with a band unless KL falls at a step: bands do not fold."""
+    known = [row for row in rows if row["kl"] is not None and row[name] is not None]
     if not known:
         return None
-    ends = [[math.nan if end is None else end for end in row[name]] for row in known]
-    line = Line(name, [row["kl"][0] for row in known], *([end[i] for end in ends] for i in range(3)))
-    steps = ", ".join(f"step {row['step']}" if row["step"] else "the start" for row in known)
+    kl = [row["kl"][0] for row in known]
+    mean, low, high = ([math.nan if row[name][i] is None else row[name][i] for row in known] for i in range(3))
+    rising = kl == sorted(kl)
+    line = Line(name, kl, mean, low, high) if rising else Line(name, kl, mean)
     y_label = "mean reward" if name == "reward" else "mean gold reward"
-    return line_chart(
-        [line], title=title, x_label="KL to the references, nats", y_label=y_label, caption=f"From the left: {steps}."
-    )
+    order = sorted(known, key=lambda row: row["kl"][0])
+    steps = ", ".join(f"step {row['step']}" if row["step"] else "the start" for row in order)
+    more = "" if rising else " The line joins them in their order; the table has the intervals."
+    caption = f"From the left: {steps}.{more}"
+    return line_chart([line], title=title, x_label="KL to the references, nats", y_label=y_label, caption=caption)
 
 
 def _efforts(summary: Row) -> Section:
@@ -115,7 +120,7 @@ def _efforts(summary: Row) -> Section:
         "scored",
         "tokens",
         "kept",
-        "effective",
+        "ESS",
         "pairs",
         "left out",
     )
