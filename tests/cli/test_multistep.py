@@ -103,6 +103,8 @@ def after(function: Callable[..., Any]) -> Callable[..., Any]:
     return stopped
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_unbroken_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = world.multistep(output_dir=world.path / "unbroken" / "run", save_steps=1)
     assert world.run(whole).code == 0

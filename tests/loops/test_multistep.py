@@ -97,9 +97,16 @@ def stepped(models: list[Path], run: Path, composition: Any = "geometric", **cha
     return make_multistep(own, MultistepPrompts(str(data)), training, reward=REWARD, gold=REWARD)
 
 
+SLOW = (pytest.mark.slow, pytest.mark.ci)
+
+
 @pytest.mark.parametrize(
     ("composition", "changes"),
-    [("geometric", {}), ("arithmetic", {"correct": True, "r_max": 3.0}), ("geometric", {"acceptance": 0.6, "steps": None})],
+    [
+        pytest.param("geometric", {}, id="equal"),
+        pytest.param("arithmetic", {"correct": True, "r_max": 3.0}, id="corrected", marks=SLOW),
+        pytest.param("geometric", {"acceptance": 0.6, "steps": None}, id="adapted", marks=SLOW),
+    ],
 )
 def test_steps_end_near_the_tilt_of_the_original_references(
     models: list[Path], tmp_path: Path, composition: str, changes: dict[str, Any]

@@ -59,7 +59,9 @@ def pair(
         write_bytes(counts, json.dumps(told).encode())
         stage.finish([pairs, counts])
     records = load_preferences(pairs)
-    rows = [json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in pairs.read_text(encoding="utf-8").split("\n") if line
+    ]  # texts may hold other line ends
     cut = {
         (record.source, record.row): (not row["chosen_ended"], not row["rejected_ended"])
         for record, row in zip(records, rows, strict=True)
