@@ -57,8 +57,10 @@ ARMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "adapted": {"acceptance": 0.5, "most_steps": 4},
 }
 """Equal in 1/beta; the last with the same share of proposals accepted at each, of a quarter of all proposals."""
+DEAR = 4
+"""Proposals of full length that one exact draw of the references may take; where it takes more, they are drawn as particles."""
 MINUTES = {"pocket": 4.0, "smollm2": 12.0}
-"""Of one run on one thread of two x86-64 cores, at a guess: what the estimate is made from."""
+"""Of one run on one thread of two x86-64 cores, from shorter ones: what the estimate is made from."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Study:
         folders = ("policy", "gold", "prepared", "folder", "references")
         own = {name: value for name, value in asdict(self).items() if name not in folders}
         told = [[name, system_prompt] for name, _, system_prompt in self.references]
-        return own | {"references": told, "arms": {arm: dict(given) for arm, given in ARMS.items()}}
+        return own | {"references": told, "dear": DEAR, "arms": {arm: dict(given) for arm, given in ARMS.items()}}
 
     def run_folder(self, arm: str, seed: int) -> Path:
         return Path(self.folder) / f"{arm.replace(' ', '-')}-seed{seed}"
@@ -135,9 +137,9 @@ def make_study(arguments: argparse.Namespace) -> Study:
     if arguments.tier == "pocket":
         references = tuple((name, str(arguments.pocket / name), None) for name in ("harmless", "helpful"))
         policy = str(arguments.pocket / "base")
-        return Study(policy, references, arguments.gold, prepared, folder, 120, 100, 32, 8, 32, 3e-4, 8)
+        return Study(policy, references, arguments.gold, prepared, folder, 100, 100, 32, 8, 32, 3e-4, 8)
     told = tuple((name, arguments.model, text) for name, text in SYSTEM_PROMPTS.items())
-    return Study(arguments.model, told, arguments.gold, prepared, folder, 40, 40, 16, 4, 24, 5e-4, 4, 8, draws_judged=2)
+    return Study(arguments.model, told, arguments.gold, prepared, folder, 32, 40, 16, 4, 24, 5e-4, 4, 8, draws_judged=2)
 
 
 def prepare(study: Study, arguments: argparse.Namespace) -> None:
@@ -176,6 +178,7 @@ def run(study: Study, arm: str, seed: int) -> None:
         proposals=study.proposals // parts,
         keep=study.proposals // parts,
         pairs=study.pairs // parts,
+        budget=DEAR * len(study.references) * study.max_new_tokens * (study.proposals // parts),
         max_new_tokens=study.max_new_tokens,
         eval_completions=study.draws_judged,
         batch_size=64 if study.lora_layers is None else 32,

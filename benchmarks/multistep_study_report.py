@@ -123,11 +123,11 @@ def agreement(runs: Runs) -> float:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The last policy of each arm; its start first. Win rates in percent."""
-    head = ("Arm", "reward", "KL, nats", "gold", "gold win rate over the start", "over RSO", "accepted at each step", "pairs")
+    """The last policy of each arm; its start first. Win rates, by gold, in percent; tokens through policy or references."""
+    head = ("Arm", "reward", "KL, nats", "gold", "wins over the start", "over RSO", "accepted, by step", "pairs", "tokens")
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     start = next(iter(result["arms"].values()))["steps"][0]
-    lines.append(f"| start | {_said(start['reward'])} | {_said(start['kl'])} | {_said(start['gold'])} | 50 | | | |")
+    lines.append(f"| start | {_said(start['reward'])} | {_said(start['kl'])} | {_said(start['gold'])} | 50 | | | | |")
     for arm, row in result["arms"].items():
         last = row["steps"][-1]
         rates = list(zip(*row["acceptance"], strict=False))
@@ -135,7 +135,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         over = "50" if arm == BASELINE else _percent(row["over_rso"])
         numbers = (_said(last["reward"]), _said(last["kl"]), _said(last["gold"]), _percent(row["over_start"]), over)
         name = arm if row["reached"] else f"{arm} (beta not reached)"
-        lines.append(f"| {name} | {' | '.join(numbers)} | {accepted} | {row['pairs']:.0f} |")
+        lines.append(f"| {name} | {' | '.join(numbers)} | {accepted} | {row['pairs']:.0f} | {row['tokens']:.0f} |")
     return "\n".join(lines)
 
 
