@@ -7,9 +7,10 @@
 MINILM and SMOLLM2 are as in benchmarks/robust_study.py, whose preparations are taken from --robust_study, or made there: its
 gold reward, which only judges here, prompts to train on, and held-out ones. The reward that is raised is a proxy: a regression
 on token counts, fitted on labels that gold gave, scaled to a standard deviation of 1 among the completions of a prompt. The
-anchor is the geometric composition of two references. Every arm draws as many scored proposals a prompt in all, and makes at
-most as many pairs of them. Runs have one thread each, two at a time; a study that was interrupted goes on where it stopped, and
-prints first how long it will take. Writes benchmarks/results/multistep_study_TIER.json and a figure beside it.
+anchor is the geometric composition of two references. Every arm draws as many scored proposals a prompt in all, makes at most
+as many pairs of them, and as many updates of the policy (`adapted`: at most as many, where it needs fewer steps). Runs have one
+thread each, two at a time; a study that was interrupted goes on where it stopped, and prints first how long it will take.
+Writes benchmarks/results/multistep_study_TIER.json and a figure beside it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ MINUTES = {"pocket": 4.0, "smollm2": 12.0}
 
 @dataclass(frozen=True)
 class Study:
-    """What runs share. `prompts` train, `judged` are held out; `proposals` and `pairs` are of a prompt, in all steps."""
+    """What runs share. `prompts` train, `judged` are held out; `proposals` and `pairs` of a prompt, and `updates`, in all."""
 
     policy: str
     references: tuple[tuple[str, str, str | None], ...]
@@ -76,6 +77,7 @@ class Study:
     judged: int
     proposals: int
     pairs: int
+    updates: int
     max_new_tokens: int
     learning_rate: float
     batch_size: int
@@ -137,9 +139,9 @@ def make_study(arguments: argparse.Namespace) -> Study:
     if arguments.tier == "pocket":
         references = tuple((name, str(arguments.pocket / name), None) for name in ("harmless", "helpful"))
         policy = str(arguments.pocket / "base")
-        return Study(policy, references, arguments.gold, prepared, folder, 100, 100, 32, 8, 32, 3e-4, 8)
+        return Study(policy, references, arguments.gold, prepared, folder, 100, 100, 32, 8, 120, 32, 3e-4, 8)
     told = tuple((name, arguments.model, text) for name, text in SYSTEM_PROMPTS.items())
-    return Study(arguments.model, told, arguments.gold, prepared, folder, 32, 40, 16, 4, 24, 5e-4, 4, 8, draws_judged=2)
+    return Study(arguments.model, told, arguments.gold, prepared, folder, 32, 40, 16, 4, 48, 24, 5e-4, 4, 8, draws_judged=2)
 
 
 def prepare(study: Study, arguments: argparse.Namespace) -> None:
@@ -188,7 +190,7 @@ def run(study: Study, arm: str, seed: int) -> None:
     prompts = MultistepPrompts(data=str(own / "prompts.jsonl"), eval_data=str(own / "held_out.jsonl"))
     training = {
         "learning_rate": study.learning_rate,
-        "num_train_epochs": 1,
+        "max_steps": study.updates // parts,
         "per_device_train_batch_size": study.batch_size,
         "warmup_steps": 5,
         "max_length": 512,

@@ -54,7 +54,7 @@ def tiny(study: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> An
     (root / "prepared" / "gold.json").write_text(json.dumps({"weights": [1.0]}))
     references = (("a", models[1], None), ("b", models[2], None))
     folders = (str(root / "prepared"), str(root / "own"))
-    return study.main.Study(models[0], references, "", *folders, 4, 3, 8, 4, 4, 1e-3, 4, beta=1.0, draws_judged=2)
+    return study.main.Study(models[0], references, "", *folders, 4, 3, 8, 4, 2, 4, 1e-3, 4, beta=1.0, draws_judged=2)
 
 
 def test_the_proxy_follows_gold_and_has_unit_scale(study: SimpleNamespace, tiny: Any) -> None:
