@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fakes import byte_tokenizer, saved_llama
-from judge_world import HOSTILE, faulty, lines, settings
+from judge_world import HOSTILE, faulty, lines, settings, shown
 from polyref.errors import ModelError
 from polyref.rewards.judge import Judge
 from served_world import transformers_serve
@@ -92,3 +96,38 @@ def test_a_real_server_without_the_model_is_one_line(served, tmp_path):
         with pytest.raises(ModelError, match=f"^judge at {served[0]}: ") as error:
             judge(["x"], ["a"], ["b"])
     assert "\n" not in str(error.value)
+
+
+KILLED = """
+import sys
+from polyref.rewards.judge import Judge, JudgeSettings
+
+url, model, transcript = sys.argv[1:]
+settings = JudgeSettings(base_url=url, model=model, first_wait=0.01, timeout=3.0, attempts=50, concurrency=2)
+with Judge(settings, transcript) as judge:
+    judge([f"x{i}" for i in range(20)], ["a"] * 20, ["b"] * 20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_judge_killed_in_mid_run_asks_a_real_server_nothing_twice(served, tmp_path):
+    url, _, keeps = served
+    with Judge(settings(url, model=keeps, timeout=60.0), tmp_path / "warm") as judge:  # its weights are read at the first
+        judge(["x"], ["a"], ["b"])
+    path, prompts = tmp_path / "t", [f"x{i}" for i in range(20)]
+    with faulty(url, ["timeout", "timeout", "429", "html", "cut"], silence=4.0) as world:
+        with subprocess.Popen([sys.executable, "-c", KILLED, world.url, keeps, str(path)]) as process:
+            while process.poll() is None and (not path.exists() or path.read_bytes().count(b'"answered"') < 10):
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+        time.sleep(0.5)  # what was under way reaches the proxy's books
+        known, before = {shown(line["request"]) for line in lines(path) if line["event"] == "answered"}, len(world.bodies)
+        with Judge(settings(world.url, model=keeps, timeout=60.0, concurrency=2), path) as judge:
+            found = judge.verdicts(prompts, ["a"] * 20, ["b"] * 20)
+    again = [shown(body) for body in world.bodies[before:]]
+    assert 10 <= len(known) < 40 and not known & set(again)
+    assert len(again) == len(set(again)) == 40 - len(known)
+    assert sum(line.get("error") == "nothing in 3 s" for line in lines(path)) >= 2
+    assert found.refused == {} and found.as_first.tolist() == [0.73] * 20

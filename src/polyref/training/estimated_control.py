@@ -20,9 +20,10 @@ class EstimatedControl(TrainerCallback):
 
     c is one number through a step: its own pairs, in every accumulated batch and on every process, count from the next one on.
     So the loss stays unbiased given the past, and splitting a step does not change it. In later epochs the past holds the very
-    labels of the batch, for c as for the policy. The sum is plain, without forgetting: it needs no rate, settles, and does not
-    depend on the batch size; it follows slowly should g become better or worse for a changing policy. Before the first step
-    c is M/(M+1), the best of a g that is right, which never loses to plain with it.
+    labels of the batch, and so it does, by way of g, where g is cross-fitted on the same pairs: for c as for the policy. The
+    sum is plain, without forgetting: it needs no rate, settles, and does not depend on the batch size; it follows slowly should
+    g become better or worse for a changing policy. Before the first step c is M/(M+1), the best of a g that is right, which
+    never loses to plain with it.
 
     `sums` (2,) float64; a resumed run reads them back from its checkpoint to the last bit.
     """
