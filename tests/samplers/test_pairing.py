@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from polyref.errors import ConfigError, DataError
-from polyref.samplers.pairing import PAIRINGS, best_random, best_second, best_worst, closest, uncertain, uniform
+from polyref.samplers.pairing import PAIRINGS, best_random, best_second, best_worst, closest, farthest, uncertain, uniform
 from polyref.samplers.pairs import Scored, make_pairs
 from polyref.types import PreferenceRecord, Text
 
@@ -144,3 +144,14 @@ def test_what_gives_no_pairs_is_said_in_one_line() -> None:
     for wrong in ({"pairs": 0}, {"min_margin": math.nan}, {"tie_within": -1.0}):
         with pytest.raises(ConfigError, match="pairs is .*, min_margin .* and tie_within"):
             make_pairs([FOUR], best_worst, seed=0, **wrong)
+
+
+def test_groups_pair_with_each_other_alone_and_the_farthest_are_taken() -> None:
+    apart = np.array([[0.0, 9.0, 1.0], [9.0, 0.0, 2.0], [1.0, 2.0, 0.0]])
+    scored = Scored("p", ["a", "b", "c"], [3.0, 2.0, 1.0], groups=[0, 0, 1], apart=apart)
+    both = make_pairs([scored], uniform, seed=0, pairs=9).records
+    assert {(one.chosen, one.rejected) for one in both} == {("a", "c"), ("b", "c")}
+    (one,) = make_pairs([scored], farthest, seed=0).records
+    assert (one.chosen, one.rejected) == ("b", "c")
+    with pytest.raises(ConfigError, match="how far completions are apart"):
+        make_pairs([Scored("p", ["a", "b"], [1.0, 0.0])], farthest, seed=0)

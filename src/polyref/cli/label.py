@@ -54,7 +54,10 @@ def label(own: LabelSettings, source: PairSettings, config: dict[str, Any]) -> d
             desk = Desk(pairs_of(records), votes, seed=own.seed, annotator=own.annotator, question=own.question)
             if desk.missing() and not own.finish:
                 logger.info("%d of %d pairs have a vote", desk.total - len(desk.missing()), desk.total)
-                (_ask_on_page if own.how == "page" else _ask_in_file)(desk, own)
+                if own.how == "page":
+                    ask_on_page(desk, own.port)
+                else:
+                    ask_in_file(desk, run_dir / own.sheet_name)
             if (missing := desk.missing()) and not own.finish:
                 logger.info("%d of %d pairs still lack a vote", len(missing), desk.total)
                 return None
@@ -62,21 +65,22 @@ def label(own: LabelSettings, source: PairSettings, config: dict[str, Any]) -> d
         return _finish(folder, own, records, counted)
 
 
-def _ask_on_page(desk: Desk, own: LabelSettings) -> None:
+def ask_on_page(desk: Desk, port: int) -> None:
+    """Serve the page until every pair has a vote."""
     from polyref.cli.progress import Meter
     from polyref.labelling import served
 
-    with served(desk, port=own.port, grace=GRACE) as address:
+    with served(desk, port=port, grace=GRACE) as address:
         logger.info("vote at %s\nevery vote is kept at once; Ctrl-C leaves, and the same command goes on", address)
         with Meter("pairs") as meter:
             desk.wait(lambda done, total: meter("voted", done, total), grace=GRACE)
     logger.info("all %d pairs have a vote; the page has ended", desk.total)
 
 
-def _ask_in_file(desk: Desk, own: LabelSettings) -> None:
+def ask_in_file(desk: Desk, path: Path) -> None:
+    """Take the votes in the file `path`, or write it for them."""
     from polyref.labelling import read_sheet, write_sheet
 
-    path = Path(own.output_dir) / own.sheet_name
     if path.exists():
         before = desk.votes.of(desk.annotator)
         given = read_sheet(path, desk.pairs.values(), seed=desk.seed, annotator=desk.annotator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from polyref.cli.progress import Meter
     from polyref.data.prompt_rows import PromptRow
     from polyref.loops.multistep import Plan
+    from polyref.references.reference_set import ReferenceSet
     from polyref.rewards.protocols import Reward
+    from polyref.scoring.models import ModelSource
 
 _REFUSED: dict[str, tuple[object, str]] = {
     "divergence": ("reverse", "the steps lead to the optimum of reverse KL"),
@@ -32,7 +35,7 @@ def check_training(own: MultistepSettings, training: Mapping[str, Any]) -> Prefe
     """The configuration of the last step. ConfigError for an option that is the run's own, or has no meaning here."""
     if given := sorted({"beta", "prompt_format", "output_dir"} & training.keys()):
         raise ConfigError(f"training has {given[0]}, which is the run's own", fix="leave it out, or set it beside training")
-    args = _settings(training, own.beta, own.output_dir)
+    args = training_settings(training, own.beta, own.output_dir)
     for name, (needed, why) in _REFUSED.items():
         if getattr(args, name) != needed:
             raise ConfigError(f"{name} is {getattr(args, name)}, but {why}", fix="leave it out")
@@ -41,7 +44,8 @@ def check_training(own: MultistepSettings, training: Mapping[str, Any]) -> Prefe
     return args
 
 
-def _settings(training: Mapping[str, Any], beta: float, folder: str) -> PreferenceConfig:
+def training_settings(training: Mapping[str, Any], beta: float, folder: str) -> PreferenceConfig:
+    """The configuration of one training. ConfigError for an option that there is none of."""
     try:
         return PreferenceConfig(**DEFAULTS | dict(training) | {"beta": beta, "output_dir": folder})
     except TypeError as error:
@@ -75,6 +79,23 @@ def inputs_of(
 
     DataError for a prompt that leaves no room for a completion in the context of the policy or of a reference.
     """
+    inputs = drawing_inputs(own.source, own.anchor, prompts, held_out, own.max_new_tokens)
+    for name, source, given in (("reward", own.reward, reward), ("gold reward", own.gold, gold)):
+        if source is not None:
+            inputs[f"weights of the {name}"] = source.fingerprint
+        elif given is not None:
+            inputs[f"weights of the {name}"] = f"{given.name} {getattr(given, 'fingerprint', None)}"
+    return inputs
+
+
+def drawing_inputs(
+    source: ModelSource,
+    references: ReferenceSet,
+    prompts: Sequence[PromptRow],
+    held_out: Sequence[PromptRow],
+    max_new_tokens: int,
+) -> dict[str, str]:
+    """The prompts, and the weights of policy and references. DataError as `inputs_of`."""
     from polyref.references.reference_set import Reference, ReferenceSet
     from polyref.samplers.references import refuse_long, without_room
     from polyref.stages import content_digest, plain
@@ -83,18 +104,13 @@ def inputs_of(
     inputs = {
         "prompts": content_digest([plain(row) for row in prompts]),
         "held-out prompts": content_digest([plain(row) for row in held_out]),
-        **model_inputs(own.source, "policy"),
+        **model_inputs(source, "policy"),
     }
-    inputs |= reference_inputs(own.anchor, "reference", inputs["tokenizer"])
-    for name, source, given in (("reward", own.reward, reward), ("gold reward", own.gold, gold)):
-        if source is not None:
-            inputs[f"weights of the {name}"] = source.fingerprint
-        elif given is not None:
-            inputs[f"weights of the {name}"] = f"{given.name} {getattr(given, 'fingerprint', None)}"
-    policy = ReferenceSet((Reference(own.model, dtype=own.dtype, gguf_file=own.gguf_file, revision=own.revision),))
-    for members in (own.anchor, policy):
+    inputs |= reference_inputs(references, "reference", inputs["tokenizer"])
+    own = Reference(**asdict(source))
+    for members in (references, ReferenceSet((own,))):
         everything = [*prompts, *held_out]
-        refuse_long(everything, without_room(everything, members, own.max_new_tokens), own.max_new_tokens)
+        refuse_long(everything, without_room(everything, members, max_new_tokens), max_new_tokens)
     return inputs
 
 
@@ -111,7 +127,7 @@ def make_plan(
     how = Training(
         own.anchor,
         own.source,
-        partial(_settings, training),
+        partial(training_settings, training),
         None if own.lora is None else partial(peft_config, own.lora),
         [TrainingProgress(meter)],
         meter,

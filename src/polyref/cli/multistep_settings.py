@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from polyref.cli.preference_source import RewardSource
@@ -153,13 +153,13 @@ class MultistepSettings:
     def __post_init__(self) -> None:
         if not self.output_dir.strip():
             raise ConfigError("output_dir is empty", fix="name the run folder")
-        _one_of("method", self.method, ("auto", *METHODS))
+        one_of("method", self.method, ("auto", *METHODS))
         if self.method != "auto" and (drawn := METHODS[self.method][0]) != self.anchor.composition:
             composed = self.anchor.composition
             what = f"method {self.method} draws from a composition that is {drawn}, and the references' is {composed}"
             raise ConfigError(what, fix="take method auto, or one of the references' composition")
-        _one_of("pairing", self.pairing, _PAIRINGS)
-        _one_of("labels", self.labels, LABELS)
+        one_of("pairing", self.pairing, _PAIRINGS)
+        one_of("labels", self.labels, LABELS)
         counts = ("steps", "most_steps", "proposals", "budget", "max_new_tokens", "pairs", "eval_completions", "batch_size")
         for name in (*counts, "prompts_at_once"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -205,12 +205,17 @@ class MultistepSettings:
     @property
     def anchor(self) -> ReferenceSet:
         """The references; the starting policy where none are given."""
-        if self.references is not None:
-            return self.references
-        own = {"gguf_file": self.gguf_file, "revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        return ReferenceSet((Reference(self.model, dtype=self.dtype, name="the starting policy", **own),))  # type: ignore[arg-type]
+        return anchor_or_start(self.references, self.source)
 
 
-def _one_of(name: str, given: str, choices: tuple[str, ...]) -> None:
+def anchor_or_start(references: ReferenceSet | None, source: ModelSource) -> ReferenceSet:
+    """`references`, or the policy at `source` as the only one."""
+    if references is not None:
+        return references
+    return ReferenceSet((Reference(**asdict(source), name="the starting policy"),))
+
+
+def one_of(name: str, given: str, choices: tuple[str, ...]) -> None:
+    """ConfigError for a setting that is none of its choices."""
     if given not in choices:
         raise ConfigError(f"unknown {name} {given!r}", fix=f"use one of {', '.join(choices)}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from polyref.loops.generate import Proposed
 from polyref.rewards.functions import NamedReward
 from polyref.rewards.preference_model import from_reward
 from polyref.samplers.auxiliary import as_completion
-from polyref.samplers.pairing import PAIRINGS
+from polyref.samplers.pairing import PAIRINGS, Floats, farthest
 from polyref.samplers.pairs import Scored, make_pairs
 from polyref.samplers.tilt import Kept
 from polyref.stages import Stage
@@ -27,6 +28,10 @@ from polyref.types import PreferenceRecord, Text
 
 Cut = Mapping[tuple[str, int], tuple[bool, bool]]
 """By source and row of a record whether its chosen and its rejected completion were cut: neither has an end."""
+
+
+Apart = Callable[[Sequence[Scored]], Sequence[Floats]]
+"""How far the completions of each prompt are from each other, (n, n): what the pairing farthest goes by."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +47,44 @@ class Pairing:
 
 
 def pair(
-    stage: Stage, prompts: Sequence[PromptRow], proposed: Sequence[Proposed], kept: Sequence[Kept | None], how: Pairing
+    stage: Stage,
+    prompts: Sequence[PromptRow],
+    proposed: Sequence[Proposed],
+    kept: Sequence[Kept | None],
+    how: Pairing,
+    *,
+    groups: Sequence[Sequence[int]] | None = None,
+    apart: Apart | None = None,
 ) -> tuple[list[PreferenceRecord], Cut, dict[str, Any]]:
     """The pairs, in `stage`'s pairs.jsonl, which of their completions were cut, and what they were made from.
 
-    DataError where there is none.
+    With `groups`, who made each proposal of a prompt, no pair is of one group alone. DataError where there is no pair.
     """
     pairs, counts = stage.folder / "pairs.jsonl", stage.folder / "counts.json"
     if not stage.done:
-        scored = [_scored(*row) for row in zip(prompts, proposed, kept, strict=True)]
+        scored = [_scored(*row) for row in zip(prompts, proposed, kept, groups or [None] * len(prompts), strict=True)]
+        if apart is not None:
+            scored = [replace(one, apart=distances) for one, distances in zip(scored, apart(scored), strict=True)]
         preference = from_reward(_known(scored), 1.0) if how.labels == "soft" else None
         settings: dict[str, Any] = {"pairs": how.pairs, "min_margin": how.min_margin, "tie_within": how.tie_within}
-        found = make_pairs(scored, PAIRINGS[how.name], seed=how.seed, preference=preference, **settings)
+        pairing = farthest if how.name == "farthest" else PAIRINGS[how.name]
+        found = make_pairs(scored, pairing, seed=how.seed, preference=preference, **settings)
         write_rows(pairs, _rows(found.records, prompts, proposed))
         told = {"pairs": len(found.records), "ties": found.ties, "prompts_without_pairs": len(found.without)}
         write_bytes(counts, json.dumps(told).encode())
         stage.finish([pairs, counts])
-    records = load_preferences(pairs)
-    rows = [
-        json.loads(line) for line in pairs.read_text(encoding="utf-8").split("\n") if line
-    ]  # texts may hold other line ends
+    return *read_pairs(pairs), json.loads(counts.read_text())
+
+
+def read_pairs(file: Path) -> tuple[list[PreferenceRecord], Cut]:
+    """The pairs in `file`, and which of their completions were cut."""
+    records = load_preferences(file)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]  # texts hold other line ends
     cut = {
         (record.source, record.row): (not row["chosen_ended"], not row["rejected_ended"])
         for record, row in zip(records, rows, strict=True)
     }
-    return records, cut, json.loads(counts.read_text())
+    return records, cut
 
 
 def _rows(
@@ -88,10 +106,12 @@ def _rows(
     return [row_of(one) for one in records]
 
 
-def _scored(row: PromptRow, one: Proposed, kept: Kept | None) -> Scored:
-    some = [] if kept is None else [one.proposals[i] for i in kept.indices.tolist()]
+def _scored(row: PromptRow, one: Proposed, kept: Kept | None, groups: Sequence[int] | None) -> Scored:
+    indices = [] if kept is None else kept.indices.tolist()
+    some = [one.proposals[i] for i in indices]
     texts = [as_completion(row.prompt, proposal.text) for proposal in some]
-    return Scored(row.prompt, texts, [proposal.rewards[0] for proposal in some], None, row.source, row.row)
+    rewards, who = [proposal.rewards[0] for proposal in some], None if groups is None else [groups[i] for i in indices]
+    return Scored(row.prompt, texts, rewards, None, row.source, row.row, groups=who)
 
 
 def _known(scored: Sequence[Scored]) -> NamedReward:

@@ -75,15 +75,16 @@ def from_policy(
     batch_size: int,
     seed: int,
     scored: tuple[ReferenceSet, Sequence[PromptRow]] | None = None,
+    system_prompt: str | None = None,
 ) -> Draw:
-    """`n` proposals of each prompt from `policy`, read by the tokenizer at `tokenizer_source`.
+    """`n` proposals of each prompt from `policy`, read by the tokenizer at `tokenizer_source`, under a `system_prompt` or none.
 
     With `scored`, references and all prompts, proposals carry their log-probabilities under these: of the very tokens where the
     tokenizer is the policy's, else of the text, as a completion that ended.
     """
     tokenizer = load_tokenizer(tokenizer_source)
     model = policy.load().to(default_device()).eval()
-    engine = LocalEngine(model, tokenizer, batch_size=batch_size, name="policy")
+    engine = LocalEngine(model, tokenizer, system_prompt=system_prompt, batch_size=batch_size, name="policy")
     own = tokenizer_fingerprint(tokenizer)
     members = None if scored is None else load_members(pooled(*scored))
 

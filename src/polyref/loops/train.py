@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainerCallback
 
@@ -25,18 +25,22 @@ from polyref.training.dataset import ScoredPairs
 from polyref.training.preference_trainer import PreferenceTrainer
 from polyref.types import PreferenceRecord, TokenizedPair
 
+Start = Literal["unknown", "moved", "anchor"]
+"""Where a policy stands before a training: as the trainer finds, away from its references, or at them."""
+
 
 class DrawnPairsTrainer(PreferenceTrainer):
     """A `PreferenceTrainer` on pairs that were drawn: completions that are `cut` are atoms without an end, scored as such.
 
-    A policy that has `moved` is not where its references are: nothing is said of log-ratios that are not 0 at the first step.
+    `at` says where the policy starts: one that moved is not where its references are, so that nothing is said of log-ratios
+    that are not 0 at the first step; one that is its own reference is refused unless they are.
     """
 
-    def __init__(self, cut: Cut, moved: bool, *args: Any, **options: Any) -> None:
+    def __init__(self, cut: Cut, at: Start, *args: Any, **options: Any) -> None:
         self.cut = cut
         super().__init__(*args, **options)
-        if moved:
-            self._start_check = None
+        if at != "unknown":
+            self._start_check = "refuse" if at == "anchor" else None
 
     def _scored(self, data: TokenizedPreferences, name: str) -> ScoredPairs:
         rows = zip(data.pairs, data.records, strict=True)
@@ -79,19 +83,23 @@ def train(
     beta: float,
     how: Training,
     number: int,
+    *,
+    at: Start | None = None,
 ) -> tuple[Policy, dict[str, Any]]:
     """Round `number`: `policy` trained on `records` at `beta`, in `stage`'s model/, and what is to be told of it.
 
-    A training that was interrupted goes on from its newest checkpoint. `inputs` are those of the stage.
+    A training that was interrupted goes on from its newest checkpoint. `inputs` are those of the stage. `at` says where
+    `policy` stands; by default it moved after round 1. Its lines of metrics.jsonl are kept in the stage too, and put back where
+    they are missing.
     """
     trained = policy.trained(stage.folder / "model", how.adapter is not None)
-    told = stage.folder / "training.json"
+    told, metrics = stage.folder / "training.json", stage.folder / "metrics.json"
     if not stage.done:
         model, tokenizer = policy.load(), load_tokenizer(how.tokenizer)
         model.train()
         trainer = DrawnPairsTrainer(
             cut,
-            number > 1,
+            at or ("moved" if number > 1 else "unknown"),
             model,
             how.references,
             how.settings(beta, str(stage.folder)),
@@ -107,8 +115,13 @@ def train(
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         about = {"train_pairs": len(trainer.train_dataset), "train_loss": losses[-1] if losses else None}
         write_bytes(told, json.dumps(about).encode())
-        stage.finish([stage.folder / "model", told])
+        rows = [row for row in folder.read_metrics() if row.get("round") == number]
+        write_bytes(metrics, json.dumps(rows).encode())
+        stage.finish([stage.folder / "model", told, metrics])
     for checkpoint in stage.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+    if all(row.get("round") != number for row in folder.read_metrics()):
+        for row in json.loads(metrics.read_text()):
+            folder.append_metrics(row)
     about = json.loads(told.read_text())
     return trained, about

@@ -27,7 +27,7 @@ def write_multistep_page(path: Path, title: str, summary: Row) -> Path:
 
 def _sentences(summary: Row) -> list[str]:
     start, last = summary["steps"][0], summary["steps"][-1]
-    references, steps = _count(len(summary["references"]), "reference"), _count(len(summary["steps"]) - 1, "step")
+    references, steps = count(len(summary["references"]), "reference"), count(len(summary["steps"]) - 1, "step")
     lines = [
         f"A policy was led towards what {summary['reward']} rewards, close to {references}, in {steps} of rejection sampling "
         f"and training. Its mean reward went from {start['reward'][0]:.3f} to {last['reward'][0]:.3f}, judged on "
@@ -45,19 +45,20 @@ def _sentences(summary: Row) -> list[str]:
     return lines
 
 
-def _count(number: int, word: str) -> str:
+def count(number: int, word: str) -> str:
+    """As in 1 step, 2 steps."""
     return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _key_numbers(summary: Row) -> list[KeyNumber]:
     start, last = summary["steps"][0], summary["steps"][-1]
     numbers = [
-        KeyNumber("reward", _cell(last["reward"]), f"at the start {start['reward'][0]:.3f}"),
-        KeyNumber("KL to the references", _cell(last["kl"]), "nats"),
+        KeyNumber("reward", interval(last["reward"]), f"at the start {start['reward'][0]:.3f}"),
+        KeyNumber("KL to the references", interval(last["kl"]), "nats"),
         KeyNumber("proposals", summary["proposals"], f"in all, {summary['tokens']:,} tokens"),
     ]
     if last["win_rate"] is not None:
-        numbers.insert(1, KeyNumber("gold win rate", _cell(last["win_rate"]), "against the start; 0.5 is no better"))
+        numbers.insert(1, KeyNumber("gold win rate", interval(last["win_rate"]), "against the start; 0.5 is no better"))
     return numbers
 
 
@@ -65,28 +66,31 @@ def _gains(summary: Row) -> Section:
     rows = summary["steps"]
     names = ["start" if not row["step"] else str(row["step"]) for row in rows]
     table: list[list[Cell]] = [
-        [name, row["beta"], *(_cell(row[column]) for column in ("reward", "kl", "length"))]
+        [name, row["beta"], *(interval(row[column]) for column in ("reward", "kl", "length"))]
         for name, row in zip(names, rows, strict=True)
     ]
     text = (
         f"Each point is the policy after a step, the first one the start; a band and brackets are 95% intervals over prompts. "
         f"Up is more reward, left is closer to the references. Judged on {summary['judged_on']}, by completions drawn anew.",
     )
+    if unscored := rows[-1].get("unscored"):
+        why = "completions that a reference gives no probability or cannot read"
+        text = (*text, f"The last KL leaves out {unscored} {why}, and is too small.")
     tables = [Table(("step", "beta", "reward", "KL to the references, nats", "tokens"), table)]
     if rows[-1]["gold"] is not None:
-        gold = [[name, _cell(row["gold"]), _cell(row["win_rate"])] for name, row in zip(names, rows, strict=True)]
+        gold = [[name, interval(row["gold"]), interval(row["win_rate"])] for name, row in zip(names, rows, strict=True)]
         tables.append(Table(("step", "gold reward", "gold win rate against the start"), gold))
     if len(summary["references"]) > 1:
-        each = [[name, *map(_cell, row["kl_each"])] for name, row in zip(names, rows, strict=True)]
+        each = [[name, *map(interval, row["kl_each"])] for name, row in zip(names, rows, strict=True)]
         tables.append(Table(("step", *summary["references"]), each, "KL to each reference, nats"))
-    figures = [_frontier("reward", "Reward against KL", rows)]
+    figures = [frontier("reward", "Reward against KL", rows)]
     if rows[-1]["gold"] is not None:
-        figures.append(_frontier("gold", "Gold reward against KL", rows))
+        figures.append(frontier("gold", "Gold reward against KL", rows))
     return Section("What each step gained", text, figures=[one for one in figures if one is not None], tables=tables)
 
 
-def _frontier(name: str, title: str, rows: Sequence[Row]) -> Figure | None:
-    """Reward over KL, a point a step, joined in their order, with a band unless KL falls at a step: bands do not fold."""
+def frontier(name: str, title: str, rows: Sequence[Row], unit: str = "step") -> Figure | None:
+    """Reward over KL to the references, a point a `unit`, joined in their order, with a band unless KL falls: none folds."""
     known = [row for row in rows if row["kl"] is not None and row[name] is not None]
     if not known:
         return None
@@ -96,7 +100,7 @@ def _frontier(name: str, title: str, rows: Sequence[Row]) -> Figure | None:
     line = Line(name, kl, mean, low, high) if rising else Line(name, kl, mean)
     y_label = "mean reward" if name == "reward" else "mean gold reward"
     order = sorted(known, key=lambda row: row["kl"][0])
-    steps = ", ".join(f"step {row['step']}" if row["step"] else "the start" for row in order)
+    steps = ", ".join(f"{unit} {row[unit]}" if row[unit] else "the start" for row in order)
     more = "" if rising else " The line joins them in their order; the table has the intervals."
     caption = f"From the left: {steps}.{more}"
     return line_chart([line], title=title, x_label="KL to the references, nats", y_label=y_label, caption=caption)
@@ -125,7 +129,7 @@ def _efforts(summary: Row) -> Section:
         "left out",
     )
     table: list[list[Cell]] = [
-        [str(row["step"]), row["step_beta"], _cell(row["acceptance"]), row["proposals"], row["scored"], row["tokens"]]
+        [str(row["step"]), row["step_beta"], interval(row["acceptance"]), row["proposals"], row["scored"], row["tokens"]]
         + [row["kept"], row["ess"], row["pairs"], row["prompts_without_pairs"]]
         for row in rows
     ]
@@ -133,6 +137,8 @@ def _efforts(summary: Row) -> Section:
         "Scored are the proposals that the composition let pass, all of them where one model draws. Left out are prompts that "
         "give no pair: fewer than two different completions were kept.",
     )
+    if above := sum(row.get("above_r_max", 0) for row in rows):
+        text = (*text, f"{above} times a prompt had rewards above the r_max that was claimed: its tilt is approximate there.")
     return Section("What it took", text, figures=figures, tables=[Table(columns, table)])
 
 
@@ -149,15 +155,19 @@ def _shares(rows: Sequence[Row]) -> Figure | None:
 
 def _setting(summary: Row) -> Section:
     names = ("model", "references", "weights", "composition", "anchor", "reward", "beta", "schedule", "correct", "loss_type")
-    rows: list[list[Cell]] = [[name, _said(summary[name])] for name in (*names, "labels", "pairing", "prompts")]
+    rows: list[list[Cell]] = [[name, said(summary[name])] for name in (*names, "labels", "pairing", "prompts")]
     return Section("How it was made", tables=[Table(("setting", "value"), rows)])
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
+    """A setting in words."""
     if isinstance(value, list):
-        return "; ".join(map(_said, value))
+        return "; ".join(map(said, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {said(entry)}" for key, entry in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _cell(interval: Sequence[float | None] | None) -> Cell:
-    return None if interval is None else estimate(interval)
+def interval(values: Sequence[float | None] | None) -> Cell:
+    """[mean, low, high] as the page shows it; nothing where it is not known."""
+    return None if values is None else estimate(values)

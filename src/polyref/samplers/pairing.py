@@ -19,12 +19,16 @@ Floats = NDArray[np.float64]
 
 
 class Candidates(NamedTuple):
-    """C pairs that could be: indices of the better and of the worse completion (C,), rewards (n,), stds (n,) or None."""
+    """C pairs that could be: indices of the better and of the worse completion (C,), rewards (n,), stds (n,) or None.
+
+    `apart` (C,) says how far the two are from each other, None where nothing does.
+    """
 
     better: NDArray[np.intp]
     worse: NDArray[np.intp]
     rewards: Floats
     stds: Floats | None
+    apart: Floats | None = None
 
     @property
     def margins(self) -> Floats:
@@ -78,6 +82,13 @@ def uncertain(candidates: Candidates, stream: np.random.Generator) -> Floats:
     # exponential waiting times: the order in which they end is that of draws without replacement (Efraimidis, Spirakis)
     waits = stream.exponential(size=len(variances))
     return np.divide(waits, variances, out=np.full(len(variances), math.inf), where=variances > 0)
+
+
+def farthest(candidates: Candidates, stream: np.random.Generator) -> Floats:
+    """The two that are farthest apart, as by |phi difference|_{S^-1} of features [IT]. ConfigError without distances."""
+    if candidates.apart is None:
+        raise ConfigError("the pairing 'farthest' needs how far completions are apart", fix="give apart, or choose another")
+    return -candidates.apart
 
 
 PAIRINGS: Final[Mapping[str, Pairing]] = {

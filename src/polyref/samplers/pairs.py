@@ -25,7 +25,8 @@ from polyref.types import PreferenceRecord, Text
 class Scored:
     """n completions of a prompt with their rewards (n,), and standard deviations (n,) of these where there are any.
 
-    `source` and `row` (1-based) say where they came from; the records inherit them.
+    With `groups` (n,), who drew each, only completions of different groups make a pair. `apart` (n, n) is how far two are
+    from each other, for pairings that ask. `source` and `row` (1-based) say where they came from; the records inherit them.
     """
 
     prompt: Text
@@ -34,6 +35,8 @@ class Scored:
     stds: Sequence[float] | None = None
     source: str = "memory"
     row: int = 0
+    groups: Sequence[int] | None = None
+    apart: Floats | None = None
 
 
 class Paired(NamedTuple):
@@ -93,7 +96,11 @@ def _candidates(one: Scored, place: int, min_margin: float) -> Candidates:
     codes: dict[str, int] = {}
     texts = np.array([codes.setdefault(prompt_key(text), len(codes)) for text in one.completions], dtype=np.intp)
     kept = (texts[better] != texts[worse]) & (rewards[better] - rewards[worse] >= min_margin)
-    return Candidates(better[kept], worse[kept], rewards, stds)
+    if one.groups is not None:
+        groups = np.asarray(one.groups)
+        kept &= groups[better] != groups[worse]
+    better, worse = better[kept], worse[kept]
+    return Candidates(better, worse, rewards, stds, None if one.apart is None else one.apart[better, worse])
 
 
 def _smallest(one: Scored, candidates: Candidates, keys: Floats, pairs: int) -> list[tuple[int, int]]:
