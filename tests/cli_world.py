@@ -108,6 +108,28 @@ class World:
         }
         return self._words("multistep", usual | settings)
 
+    def iterate(self, **settings: Any) -> list[str]:
+        """`polyref iterate` of two rounds towards long completions, from the model under two system prompts."""
+        members = [{"model": str(self.model)}, {"model": str(self.model), "system_prompt": "be brief", "name": "brief"}]
+        usual = {
+            "model": self.model,
+            "output_dir": self.path / "iterate",
+            "references": {"members": members},
+            "prompt_format": "chat",
+            "reward": {"model": "rule:length:characters"},
+            "beta": 2,
+            "rounds": 2,
+            "completions": 3,
+            "max_new_tokens": 6,
+            "prompts_at_once": 2,
+            "held_out": 2,
+            "eval_completions": 2,
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 1,
+            "learning_rate": 0.01,
+        }
+        return self._words("iterate", usual | settings)
+
     def validate(self, **settings: Any) -> list[str]:
         """`polyref validate` with the model's tokenizer."""
         return self._words("validate", {"model": self.model} | settings)

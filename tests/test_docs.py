@@ -153,6 +153,7 @@ def test_every_verb_and_setting_is_documented() -> None:
     from polyref.cli import (
         auxiliary_settings,
         fit_settings,
+        iterate_settings,
         lab,
         label_settings,
         plan,
@@ -185,6 +186,8 @@ def test_every_verb_and_setting_is_documented() -> None:
         fit_settings.SamplesSettings,
         label_settings.LabelSettings,
         label_settings.PairSettings,
+        iterate_settings.IterateSettings,
+        iterate_settings.EnhancerSettings,
         lab.LabSettings,
         plan.PlanSettings,
         settings.DataSettings,

@@ -30,6 +30,7 @@ VERBS = {
     "fit": "train a policy on weighted samples, by maximum likelihood",
     "label": "ask a person which completions are better, on a page or in a file, and write the pairs with these labels",
     "multistep": "lead a policy to the references' tilt by a reward, by rejection sampling in several steps",
+    "iterate": "train a policy in rounds on pairs of its own completions, online or with offline pairs too",
     "lab": "measure what theory claims, on exact bandits whose optimum is known",
     "plan": "say how many preference pairs a target gap needs, by the bounds and as measured",
 }

@@ -62,7 +62,8 @@ def pair(
     """
     pairs, counts = stage.folder / "pairs.jsonl", stage.folder / "counts.json"
     if not stage.done:
-        scored = [_scored(*row) for row in zip(prompts, proposed, kept, groups or [None] * len(prompts), strict=True)]
+        who: Sequence[Sequence[int] | None] = [None] * len(prompts) if groups is None else groups
+        scored = [_scored(*row) for row in zip(prompts, proposed, kept, who, strict=True)]
         if apart is not None:
             scored = [replace(one, apart=distances) for one, distances in zip(scored, apart(scored), strict=True)]
         preference = from_reward(_known(scored), 1.0) if how.labels == "soft" else None

@@ -69,7 +69,7 @@ def _gains(summary: Row) -> Section:
         [name, row["beta"], *(interval(row[column]) for column in ("reward", "kl", "length"))]
         for name, row in zip(names, rows, strict=True)
     ]
-    text = (
+    text: tuple[str, ...] = (
         f"Each point is the policy after a step, the first one the start; a band and brackets are 95% intervals over prompts. "
         f"Up is more reward, left is closer to the references. Judged on {summary['judged_on']}, by completions drawn anew.",
     )
@@ -133,7 +133,7 @@ def _efforts(summary: Row) -> Section:
         + [row["kept"], row["ess"], row["pairs"], row["prompts_without_pairs"]]
         for row in rows
     ]
-    text = (
+    text: tuple[str, ...] = (
         "Scored are the proposals that the composition let pass, all of them where one model draws. Left out are prompts that "
         "give no pair: fewer than two different completions were kept.",
     )

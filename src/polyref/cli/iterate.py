@@ -1,0 +1,118 @@
+"""`polyref iterate`: prompts, references and a reward in; a policy trained in rounds on pairs of its own completions out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from polyref.cli.iterate_settings import IterateSettings
+from polyref.cli.multistep_settings import MultistepPrompts
+from polyref.cli.training_run import MAY_CHANGE, add_training_arguments, pick, refuse_many_processes, run_folder_of
+from polyref.training.config import PreferenceConfig
+
+if TYPE_CHECKING:
+    from polyref.rewards.protocols import PreferenceModel, Reward
+    from polyref.types import PreferenceRecord
+
+logger = logging.getLogger(__name__)
+
+OWN = ("beta", "prompt_format")
+"""Options of preference training that are the verb's."""
+
+ASKING = ("label_how", "port", "annotator")
+"""What changes neither pairs nor their order on the page: several people may vote, in several ways."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The verb's settings: policy, rewards, rounds, prompts, and the `PreferenceConfig` options of every round's training."""
+    parser.add_class_arguments(IterateSettings, skip={"output_dir"})
+    parser.add_class_arguments(MultistepPrompts)
+    add_training_arguments(parser, PreferenceConfig, skip=OWN)
+    parser.add_argument("--dry_run", action="store_true", help="Print the plan, with time and disk, and do nothing.")
+
+
+def run(settings: Namespace) -> None:
+    """Take the rounds; a killed run goes on with the same command."""
+    values = vars(settings)
+    run_folder_of(values)
+    dry = values.pop("dry_run")
+    own, prompts = IterateSettings(**pick(values, IterateSettings)), MultistepPrompts(**pick(values, MultistepPrompts))
+    training = {k: v for k, v in pick(values, PreferenceConfig).items() if k not in vars(own) and k not in vars(prompts)}
+    if dry:
+        from polyref.cli.iterate_estimate import print_plan
+
+        return print_plan(own, prompts, training)
+    make_iterate(own, prompts, training, {k: v for k, v in values.items() if k not in ("config", "output_dir")})
+    return None
+
+
+def load_offline(own: IterateSettings, source: MultistepPrompts) -> list[PreferenceRecord]:
+    """The offline pairs, read as the prompts are."""
+    from polyref.data.sources import load_preferences
+
+    if own.offline_data is None:
+        return []
+    return load_preferences(own.offline_data, prompt_format=source.prompt_format, columns=source.columns)
+
+
+def make_iterate(
+    own: IterateSettings,
+    source: MultistepPrompts,
+    training: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+    *,
+    reward: Reward | None = None,
+    gold: Reward | None = None,
+    preference: PreferenceModel | None = None,
+) -> dict[str, Any] | None:
+    """One resumable run in `own.output_dir`; returns its summary, which is also in summary.json, or None while votes lack.
+
+    `training` are options of `PreferenceConfig`; beta, prompt_format and output_dir are the run's own. `config` is what must
+    not change when the run is taken up again, by default all settings. `reward`, `gold` and `preference` stand in for those
+    that the settings name; a run knows them again by their name and, where they have one, their `fingerprint`.
+    """
+    from polyref.cli.iterate_plan import check_labeller, check_training, inputs_of, make_plan, open_labeller, open_rewards
+    from polyref.cli.iterate_summary import summary_of, tell, tell_row, write
+    from polyref.cli.progress import Meter
+    from polyref.loops.iterate import iterate
+    from polyref.loops.label import Paused
+    from polyref.stages import RunFolder
+
+    refuse_many_processes()
+    args = check_training(own, training)
+    check_labeller(own, preference)
+    rewards = open_rewards(own, reward, gold)
+    if config is None:
+        config = {k: v for k, v in vars(own).items() if k != "output_dir"} | vars(source) | dict(training)
+    run_dir = Path(own.output_dir)
+    with (
+        RunFolder(run_dir, config, seeds={"seed": args.seed}, may_change=(*MAY_CHANGE, *ASKING)) as folder,
+        ExitStack() as stack,
+    ):
+        (prompts, held_out), offline = source.load(), load_offline(own, source)
+        given = {"the reward": reward, "the gold reward": gold, "the preference model": preference}
+        inputs = inputs_of(own, prompts, held_out, offline, given)
+        folder.refuse_changed(inputs, "write")
+        labeller = open_labeller(own, preference, run_dir, args.seed, stack)
+        with Meter("done") as meter:
+            plan = make_plan(own, training, args.seed, rewards, labeller, offline, meter, tell_row)
+            try:
+                found = iterate(folder, plan, prompts, held_out, inputs)
+            except Paused as paused:
+                logger.info("%s", paused)
+                return None
+        last = folder.stage("write", inputs | {"rounds": found.rows})
+        if last.done:
+            logger.info("%s is complete; nothing to do", run_dir)
+        else:
+            summary = summary_of(own, args, found, len(prompts), len(held_out), len(offline))
+            last.finish(write(folder, own, summary, found), info={"depends_on": inputs, "anchor": own.moving.told})
+        result: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+        tell(result, run_dir)
+        return result

@@ -1,0 +1,207 @@
+"""What the settings of `polyref iterate` mean for the loop: its plan, its rewards and labels, and what it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyref.cli.iterate_settings import IterateSettings
+from polyref.cli.multistep_plan import drawing_inputs, training_settings
+from polyref.cli.sample_stages import load_reward
+from polyref.cli.settings import peft_config
+from polyref.errors import ConfigError
+from polyref.training.config import PreferenceConfig
+
+if TYPE_CHECKING:
+    from polyref.cli.progress import Meter
+    from polyref.data.prompt_rows import PromptRow
+    from polyref.labelling.desk import Desk
+    from polyref.loops.iterate import Plan
+    from polyref.loops.label import Labeller
+    from polyref.rewards.protocols import PreferenceModel, Reward
+    from polyref.types import PreferenceRecord
+
+_OWN = ("beta", "prompt_format", "output_dir")
+
+
+def check_training(own: IterateSettings, training: Mapping[str, Any]) -> PreferenceConfig:
+    """The configuration of every training. ConfigError for an option that is the run's own, or has no meaning here."""
+    if given := sorted(set(_OWN) & training.keys()):
+        raise ConfigError(f"training has {given[0]}, which is the run's own", fix="leave it out, or set it beside training")
+    args = training_settings(training, own.beta, own.output_dir)
+    if args.objective != "plain":
+        raise ConfigError(f"objective is {args.objective}, but rounds have no auxiliary pairs", fix="leave it out")
+    if args.eval_strategy != "no" or args.load_best_model_at_end:
+        raise ConfigError("rounds are judged by completions, not by held-out pairs", fix="leave eval_strategy out")
+    return args
+
+
+def open_rewards(own: IterateSettings, reward: Reward | None, gold: Reward | None) -> Callable[[], Sequence[Reward]]:
+    """What gives the training reward and the gold one, if any, loaded when first asked. ConfigError for none, or for two."""
+    named = own.reward is not None or own.ensemble is not None
+    for name, by_name, given in (("reward", named, reward), ("gold", own.gold is not None, gold)):
+        if by_name and given is not None:
+            raise ConfigError(f"{name} is given twice, by name and as a function", fix="give one of them")
+    if not named and reward is None:
+        raise ConfigError("no reward is given", fix="name a reward model or a rule as reward.model")
+    if own.pairing == "farthest" and reward is not None and not hasattr(reward, "features"):
+        raise ConfigError("pairing farthest needs a reward with features", fix="give a RewardModel, or choose another pairing")
+
+    @cache
+    def opened() -> Sequence[Reward]:
+        judge = gold if own.gold is None else load_reward(own.gold)
+        return [one for one in (training_reward(own) if named else reward, judge) if one is not None]
+
+    return opened
+
+
+def training_reward(own: IterateSettings) -> Reward:
+    """The one reward or the mean of the ensemble, less `pessimism` times its uncertainty."""
+    from polyref.data.sources import load_preferences
+    from polyref.rewards.ensemble import RewardEnsemble
+    from polyref.rewards.pessimism import pessimistic
+    from polyref.rewards.uncertainty import FeatureUncertainty
+
+    fitted = load_preferences(own.bonus_data) if own.bonus_data is not None else []
+    prompts = [one.prompt for one in fitted]
+    if own.ensemble is not None:
+        ensemble = RewardEnsemble(tuple(map(load_reward, own.ensemble)))
+        ensemble = ensemble.centred_on(prompts, [one.chosen for one in fitted]) if fitted else ensemble
+        return pessimistic(ensemble, own.pessimism) if own.pessimism else ensemble
+    assert own.reward is not None
+    if not own.pessimism:
+        return load_reward(own.reward)
+    reward: Any = load_reward(own.reward)
+    chosen, rejected = [one.chosen for one in fitted], [one.rejected for one in fitted]
+    return pessimistic(FeatureUncertainty.fit(reward, prompts, chosen, rejected, ridge=own.ridge), own.pessimism)
+
+
+def inputs_of(
+    own: IterateSettings,
+    prompts: Sequence[PromptRow],
+    held_out: Sequence[PromptRow],
+    offline: Sequence[PreferenceRecord],
+    given: Mapping[str, Any],
+) -> dict[str, str]:
+    """What the run depends on beyond its configuration, by the words that a refusal uses for it.
+
+    `given` are the functions that stand in for named rewards and labels. DataError for a prompt that leaves no room for a
+    completion; ConfigError for fewer prompts than the rounds take.
+    """
+    from polyref.data.records import record_to_row
+    from polyref.files import file_digest
+    from polyref.stages import content_digest
+
+    if own.prompts_per_round is not None and (needed := own.rounds * own.prompts_per_round) > len(prompts):
+        what = f"{own.rounds} rounds of {own.prompts_per_round} fresh prompts take {needed}, and there are {len(prompts)}"
+        raise ConfigError(what, fix="give more prompts, fewer rounds, or fewer prompts a round")
+    inputs = drawing_inputs(own.source, own.reference_set, prompts, held_out, own.max_new_tokens)
+    if offline:
+        inputs["offline pairs"] = content_digest([record_to_row(record) for record in offline])
+    if own.bonus_data is not None and Path(own.bonus_data).is_file():
+        inputs["bonus_data"] = file_digest(own.bonus_data)
+    named = {"reward": own.reward, "gold reward": own.gold}
+    named |= {f"reward {number} of the ensemble": one for number, one in enumerate(own.ensemble or (), 1)}
+    inputs |= {f"weights of the {name}": source.fingerprint for name, source in named.items() if source is not None}
+    inputs |= own.labeller.inputs() if own.labeller is not None else {}
+    for name, function in given.items():
+        if function is not None:
+            inputs[name] = f"{function.name} {getattr(function, 'fingerprint', None)}"
+    return inputs
+
+
+def open_labeller(
+    own: IterateSettings, preference: PreferenceModel | None, folder: Path, seed: int, stack: ExitStack
+) -> Labeller | None:
+    """Who labels where the reward does not: a preference model, loaded when first asked, or a person."""
+    from polyref.cli.label import ask_in_file, ask_on_page
+    from polyref.cli.preference_source import opened
+    from polyref.loops.label import by_model, by_person
+
+    if own.label == "human":
+        sheet = f"annotate{'-' if own.annotator else ''}{own.annotator}"
+
+        def ask(desk: Desk, number: int) -> str:
+            file = folder / f"{sheet}-{number}.csv"
+            if own.label_how == "page":
+                ask_on_page(desk, own.port)
+            else:
+                ask_in_file(desk, file)
+            return f"fill in {file} and run the same command again"
+
+        return by_person(folder, ask, seed=seed, annotator=own.annotator, question=own.question)
+    if own.label != "model":
+        return None
+    if preference is not None:
+        return by_model(lambda pairs: preference(*map(list, zip(*((p.prompt, p.first, p.second) for p in pairs), strict=True))))
+    source = own.labeller
+    assert source is not None
+    ready = cache(lambda: stack.enter_context(opened(source, [], folder / "judge.jsonl")))
+    return by_model(lambda pairs: ready()(pairs))
+
+
+def check_labeller(own: IterateSettings, preference: PreferenceModel | None) -> None:
+    """ConfigError unless label model has just one preference model, and the others none."""
+    if (own.labeller is not None) + (preference is not None) != (own.label == "model"):
+        what = f"label is {own.label}, with {'a' if own.labeller or preference else 'no'} preference model"
+        raise ConfigError(what, fix="give labeller with label model, and only then")
+
+
+def make_plan(
+    own: IterateSettings,
+    training: Mapping[str, Any],
+    seed: int,
+    rewards: Callable[[], Sequence[Reward]],
+    labeller: Labeller | None,
+    offline: Sequence[PreferenceRecord],
+    meter: Meter,
+    told: Callable[[dict[str, Any]], None],
+) -> Plan:
+    """The plan of the loop."""
+    from polyref.cli.progress import TrainingProgress
+    from polyref.loops.iterate import Plan
+    from polyref.loops.pairing import Pairing
+    from polyref.loops.replay import offline_pairs
+    from polyref.loops.train import Training
+    from polyref.loops.uncertain import feature_distances
+    from polyref.samplers.engine import SamplingParameters
+
+    settings = partial(training_settings, training)
+    adapter = None if own.lora is None else partial(peft_config, own.lora)
+    how = Training(own.reference_set, own.source, settings, adapter, [TrainingProgress(meter)], meter)
+
+    def apart(earlier: Sequence[PreferenceRecord]) -> Any:
+        features: Any = rewards()[0] if not own.pessimism or own.reward is None else load_reward(own.reward)
+        return feature_distances(features, earlier, own.ridge)
+
+    return Plan(
+        model=own.source,
+        references=own.reference_set,
+        open_rewards=rewards,
+        beta=own.beta,
+        rounds=own.rounds,
+        batch=own.prompts_per_round,
+        main=own.main,
+        enhancer=own.enhancer_agent,
+        pairing=Pairing(
+            own.pairing, own.pairs, "soft" if own.label == "soft" else "hard", own.min_margin, own.tie_within, seed
+        ),
+        labeller=labeller,
+        apart=apart if own.pairing == "farthest" else None,
+        offline=offline_pairs(offline),
+        replay=own.replayed,
+        anchor=own.moving,
+        from_start=own.from_start,
+        limits=own.limits,
+        parameters=SamplingParameters(own.max_new_tokens),
+        eval_completions=own.eval_completions,
+        batch_size=own.batch_size,
+        prompts_at_once=own.prompts_at_once,
+        seed=seed,
+        training=how,
+        progress=meter,
+        told=told,
+    )

@@ -1,0 +1,117 @@
+"""Who draws in a round: the main agent, and an enhancer whose completions are set against its.
+
+Each is a policy and a way to draw. Source: the practice of iterative preference training [IT], arXiv 2312.11456.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from polyref.data.prompt_rows import PromptRow
+from polyref.errors import ConfigError, DataError
+from polyref.loops.generate import Draw, Proposed
+from polyref.loops.policies import Policy, from_policy, from_references
+from polyref.references.reference_set import ReferenceSet
+from polyref.samplers.engine import SamplingParameters
+from polyref.samplers.sampled import Drawing
+from polyref.scoring.models import ModelSource
+
+STAYS = ("all", "best", "worst")
+
+
+@dataclass(frozen=True)
+class Agent:
+    """What draws `n` completions of each prompt, and which of them `stays`: all, the best or the worst by the reward.
+
+    `who` is policy (as it stands), start (before round 1), earlier (as it was `back` rounds ago, at most the start), or the
+    label of a member of the reference set.
+    """
+
+    who: str
+    n: int
+    parameters: SamplingParameters
+    system_prompt: str | None = None
+    back: int = 1
+    stays: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.back < 1:
+            raise ConfigError(f"completions is {self.n} and back {self.back}", fix="give at least 1")
+        if self.stays not in STAYS:
+            raise ConfigError(f"unknown stays {self.stays!r}", fix=f"use one of {', '.join(STAYS)}")
+
+    @property
+    def staying(self) -> int:
+        """How many completions of a prompt stay."""
+        return self.n if self.stays == "all" else 1
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Those an agent may be: the `policies` that there were, the start first, and the `references`."""
+
+    policies: Sequence[Policy]
+    references: ReferenceSet
+    tokenizer: ModelSource
+    batch_size: int
+
+
+def check_agent(agent: Agent, references: ReferenceSet, who: str) -> None:
+    """ConfigError for an agent that is nobody, or asks for what a reference does not do."""
+    if agent.who in ("policy", "start", "earlier"):
+        return
+    if [member.label for member in references.members].count(agent.who) != 1:
+        labels = ", ".join(member.label for member in references.members)
+        what = f"{who} is {agent.who!r}, which names no one reference"
+        raise ConfigError(what, fix=f"use policy, start, earlier, or the name of one reference of {labels}")
+    if agent.system_prompt is not None:
+        raise ConfigError(f"{who} is a reference, which has its own system prompt", fix="set it in the reference")
+
+
+def open_agent(agent: Agent, cast: Cast, prompts: Sequence[PromptRow], seed: int) -> Callable[[], Draw]:
+    """What opens `agent` for `prompts`; nothing is loaded before it is called."""
+
+    def opened() -> Draw:
+        known = {"policy": -1, "start": 0, "earlier": max(-1 - agent.back, -len(cast.policies))}
+        if agent.who in known:
+            options: dict[str, Any] = {"batch_size": cast.batch_size, "seed": seed}
+            policy = cast.policies[known[agent.who]]
+            return from_policy(policy, cast.tokenizer, agent.n, agent.parameters, system_prompt=agent.system_prompt, **options)
+        (member,) = (one for one in cast.references.members if one.label == agent.who)
+        how = Drawing(agent.n, agent.n, agent.parameters, "auto", None, cast.batch_size, seed)
+        draw = from_references(ReferenceSet((member,)), _alone(prompts), how)
+        return lambda some: draw(_alone(some))
+
+    return opened
+
+
+def _alone(prompts: Sequence[PromptRow]) -> list[PromptRow]:
+    return [replace(row, reference_weights=None) for row in prompts]
+
+
+def staying(one: Proposed, agent: Agent) -> list[int]:
+    """The indices of the completions of a prompt that stay; of equal rewards the first."""
+    rewards = [proposal.rewards[0] for proposal in one.proposals]
+    if agent.stays == "all" or not rewards:
+        return list(range(len(rewards)))
+    return [rewards.index((max if agent.stays == "best" else min)(rewards))]
+
+
+def merged(main: Sequence[Proposed], enhancer: Sequence[Proposed]) -> tuple[list[Proposed], list[list[int]]]:
+    """The proposals of both for each prompt, those of `main` first, and who made each: 0 or 1."""
+    both = [
+        Proposed(one.proposals + other.proposals, one.drawn + other.drawn, one.calls + other.calls)
+        for one, other in zip(main, enhancer, strict=True)
+    ]
+    groups = [[0] * len(one.proposals) + [1] * len(other.proposals) for one, other in zip(main, enhancer, strict=True)]
+    return both, groups
+
+
+def refuse_flat(proposed: Sequence[Proposed], number: int) -> None:
+    """DataError where every completion of round `number` has the same reward: its labels would say nothing."""
+    values = {proposal.rewards[0] for one in proposed for proposal in one.proposals}
+    if len(values) == 1:
+        what = f"every completion of round {number} has the reward {values.pop():g}"
+        raise DataError(what, where="iterate", fix="take a reward that tells completions apart, or draw more or longer ones")

@@ -1,0 +1,83 @@
+"""The stage that labels a round's pairs by something other than the reward: a preference model, or a person."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from polyref.data.records import record_to_row
+from polyref.data.write import write_rows
+from polyref.errors import DataError
+from polyref.files import write_bytes
+from polyref.labelling import Desk, Votes, label_records, pairs_of
+from polyref.loops.pairing import Cut, read_pairs
+from polyref.rewards.cross_fit import Comparison
+from polyref.stages import Stage
+from polyref.types import PreferenceRecord
+
+Labeller = Callable[[Sequence[PreferenceRecord], int], list[PreferenceRecord]]
+"""Given the pairs of a round and its number, those with a label: sides turned where the label says so, some left out."""
+
+
+class Paused(Exception):
+    """A person has yet to vote: `str` says where. The same command goes on."""
+
+
+def label(
+    stage: Stage, records: Sequence[PreferenceRecord], cut: Cut, labeller: Labeller, number: int
+) -> tuple[list[PreferenceRecord], Cut, dict[str, Any]]:
+    """The pairs of round `number` as `labeller` labels them, in `stage`'s labelled.jsonl. DataError where none has a label."""
+    file, counts = stage.folder / "labelled.jsonl", stage.folder / "counts.json"
+    if not stage.done:
+        found = labeller(records, number)
+        if not found:
+            raise DataError(f"none of {len(records)} pairs of round {number} has a label", fix="label them, or draw others")
+        before = {(one.source, one.row): one for one in records}
+        rows = []
+        for one in found:
+            turned = one.chosen != before[one.source, one.row].chosen
+            ends = cut[one.source, one.row][::-1] if turned else cut[one.source, one.row]
+            rows.append(record_to_row(one) | {"chosen_ended": not ends[0], "rejected_ended": not ends[1]})
+        write_rows(file, rows)
+        ties = sum(one.chosen_probability == 0.5 for one in found)
+        told = {"pairs": len(found), "ties": ties, "unlabelled": len(records) - len(found)}
+        write_bytes(counts, json.dumps(told).encode())
+        stage.finish([file, counts])
+    return *read_pairs(file), json.loads(counts.read_text())
+
+
+def by_model(ask: Callable[[Sequence[Comparison]], Any]) -> Labeller:
+    """Soft labels: the probability that `ask` gives, NaN for none, chosen and rejected swapped where it is below 1/2."""
+
+    def labelled(records: Sequence[PreferenceRecord], number: int) -> list[PreferenceRecord]:
+        asked = [Comparison(one.prompt, one.chosen, one.rejected) for one in records]
+        rows = zip(records, ask(asked).tolist(), strict=True)
+        return [_turned(one, p) for one, p in rows if p == p]
+
+    return labelled
+
+
+def _turned(one: PreferenceRecord, p: float) -> PreferenceRecord:
+    if p >= 0.5:
+        return replace(one, chosen_probability=p, margin=None)
+    return replace(one, chosen=one.rejected, rejected=one.chosen, chosen_probability=1 - p, margin=None)
+
+
+def by_person(folder: Path, ask: Callable[[Desk, int], str], *, seed: int, annotator: str, question: str) -> Labeller:
+    """Shares of the votes in `folder`/votes-ROUND.jsonl, where `ask` gets those that are missing, and says where.
+
+    The votes lie beside the stages, which may be done again: none is lost. Paused while `annotator` has not voted on all.
+    """
+
+    def labelled(records: Sequence[PreferenceRecord], number: int) -> list[PreferenceRecord]:
+        with Votes(folder / f"votes-{number}.jsonl") as votes:
+            desk = Desk(pairs_of(records), votes, seed=seed, annotator=annotator, question=question)
+            where = ask(desk, number) if desk.missing() else ""
+            if missing := desk.missing():
+                raise Paused(f"{len(missing)} of {desk.total} pairs of round {number} still lack a vote: {where}")
+            return label_records(records, [vote for vote in votes.all() if vote.id in desk.pairs])[0]
+
+    return labelled

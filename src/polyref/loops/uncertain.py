@@ -1,0 +1,37 @@
+"""How far completions are apart where a reward's pairs say little: |phi - phi'|_{S^-1} [IT], arXiv 2312.11456."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from polyref.loops.pairing import Apart
+from polyref.rewards.uncertainty import FeatureReward, pair_covariance
+from polyref.samplers.pairing import Floats
+from polyref.samplers.pairs import Scored
+from polyref.types import PreferenceRecord
+
+
+def feature_distances(reward: FeatureReward, earlier: Sequence[PreferenceRecord], ridge: float) -> Apart:
+    """Distances in the last-layer features of `reward`, with S = ridge I + the sum over the pairs of `earlier` rounds.
+
+    The pair that is farthest apart is what the main agent and an enhancer that maximises uncertainty make of these completions;
+    S is that of the rounds before, the same for a whole round.
+    """
+
+    def apart(scored: Sequence[Scored]) -> Sequence[Floats]:
+        asked = [one.prompt for one in scored for _ in one.completions]
+        phi = reward.features(asked, [text for one in scored for text in one.completions]).to(torch.float64)
+        first = second = phi[:0]
+        if earlier:
+            prompts = [one.prompt for one in earlier]
+            first = reward.features(prompts, [one.chosen for one in earlier])
+            second = reward.features(prompts, [one.rejected for one in earlier])
+        factor = torch.linalg.cholesky(pair_covariance(first, second, ridge))
+        whitened = torch.linalg.solve_triangular(factor, phi.T, upper=False).T
+        parts = whitened.split([len(one.completions) for one in scored])
+        return [np.asarray(torch.cdist(part, part, compute_mode="donot_use_mm_for_euclid_dist").numpy()) for part in parts]
+
+    return apart

@@ -1,0 +1,111 @@
+"""What `polyref iterate` leaves behind, and that it ends alike however often it was stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from cli_world import World, assert_ends_in_one_line
+from polyref.data.sources import load_preferences
+from polyref.loops import generate, label, pairing, train
+from polyref.training.preference_trainer import PreferenceTrainer
+
+
+def outputs(run: Path) -> dict[str, bytes]:
+    """What a run leaves, the lock and what only times differ in aside."""
+    files = [file for file in run.rglob("*") if file.is_file() and file.name not in (".lock", "training_args.bin")]
+    return {str(file.relative_to(run)): file.read_bytes() for file in files}
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    summary = json.loads((run / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert isinstance(summary, dict)
+    return summary
+
+
+def test_rounds_leave_a_policy_their_numbers_and_a_page(world: World) -> None:
+    settings = {"lora": {"r": 2}, "gold": {"model": "rule:length"}}
+    outcome = world.run(world.iterate(**settings))
+    assert outcome.code == 0, outcome.err
+    run = world.path / "iterate"
+    summary = summary_of(run)
+    assert summary["anchor"] == "the original references, in every round" and summary["final_round"] == 2
+    assert summary["dtypes"] == {"policy": "float32", "references": ["float32", "float32"]}
+    assert [row["round"] for row in summary["rounds"]] == [0, 1, 2] and summary["stop"] is None
+    first, second = summary["rounds"][1:]
+    assert first["pairs"] <= 4 and second["train_pairs"] == first["pairs"] + second["pairs"] and first["completions"] == 12
+    assert all(row["kl_anchor"] == row["kl"] and len(row["kl_each"]) == 2 for row in summary["rounds"])
+    assert all(0 < row["distinct"][0] <= 1 for row in summary["rounds"]) and summary["rounds"][0]["win_rate"][0] == 0.5
+    records = load_preferences(run / "stages" / "pair-2" / "pairs.jsonl")
+    assert len(records) == second["pairs"] and all(0.5 <= one.chosen_probability < 1 for one in records)
+    page = (run / "report.html").read_text()
+    assert "Reward against KL" in page and "Gold reward against KL" in page and "Pairs of each round" in page
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in metrics if "eval_reward" in row] == [0, 1, 2]
+    assert [row["round"] for row in metrics] == sorted(row["round"] for row in metrics)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["stages"]["write"]["info"]["anchor"] == summary["anchor"]
+    before = outputs(run)
+    (run / "stages/train-1/model/adapter_model.safetensors").write_bytes(b"torn")
+    assert world.run(world.iterate(**settings)).code == 0 and outputs(run) == before, "a torn file is made again"
+    changed = world.run(world.iterate(**settings | {"beta": 3}))
+    assert_ends_in_one_line(changed, "made with another configuration: beta 2")
+
+
+def test_the_gold_reward_has_no_part_in_training(world: World) -> None:
+    weights = []
+    for gold in ("rule:length", "rule:length:characters"):
+        run = world.path / gold.replace(":", "-")
+        words = world.iterate(output_dir=run, gold={"model": gold}, rounds=1, patience="null", prompts_at_once=32)
+        assert world.run(words).code == 0
+        weights.append((run / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def after(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, and then a stop."""
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        function(*args, **options)
+        raise KeyboardInterrupt
+
+    return stopped
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_run_stopped_anywhere_ends_with_the_bytes_of_an_unbroken_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"enhancer": {"temperature": 2.0, "completions": 2}, "label": "model", "anchor": "average", "save_steps": 1}
+    settings |= {"labeller": {"reward": {"model": "rule:length:characters"}}, "gold": {"model": "rule:length"}}
+    whole = world.iterate(output_dir=world.path / "unbroken" / "run", **settings)
+    assert world.run(whole).code == 0
+    words = world.iterate(output_dir=world.path / "broken" / "run", **settings)
+    points = [(generate, "write_bytes"), (pairing, "write_rows"), (pairing, "write_bytes"), (label, "write_rows")]
+    points += [(label, "write_bytes"), (PreferenceTrainer, "_save_checkpoint"), (train, "save_policy"), (train, "write_bytes")]
+    stops = 0
+    while True:
+        place, name = points[stops % len(points)]
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, after(getattr(place, name)))
+            outcome = world.run(words)
+        if outcome.code == 0:
+            break
+        assert outcome.code == 1 and "the same command goes on from here" in outcome.err
+        stops += 1
+        assert stops < 80
+    assert stops > 7 and outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_one_adapter_is_trained_on_from_round_to_round_and_merged(world: World) -> None:
+    assert world.run(world.iterate(lora={"r": 2}, merge_adapter="true")).code == 0
+    run = world.path / "iterate"
+    adapters = [load_file(run / "stages" / f"train-{number}" / "model" / "adapter_model.safetensors") for number in (1, 2)]
+    assert all(not tensor.equal(adapters[1][name]) for name, tensor in adapters[0].items())
+    assert (run / "model" / "model.safetensors").exists() and not list(run.rglob("checkpoint-*"))
