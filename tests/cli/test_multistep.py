@@ -93,6 +93,19 @@ def test_particles_are_weighed_and_resampled(world: World) -> None:
     assert row["acceptance"] is None and row["exact_prompts"] == 0 and row["ess"] <= row["kept"] == 4 * 6
 
 
+def test_what_is_approximate_or_flatters_is_said(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.pairs()
+    words = world.multistep(steps=1, r_max=1, held_out=None, eval_data=world.path / "pairs.jsonl", limit=3)
+    outcome = world.run(words)
+    assert outcome.code == 0, outcome.err
+    summary = summary_of(world.path / "multistep")
+    (row,) = summary["steps"][1:]
+    assert row["above_r_max"] == 3 and row["exact_tilts"] == 0 and summary["shared_prompts"] == 3 and row["unscored"] == 0
+    page = (world.path / "multistep" / "report.html").read_text()
+    assert "3 times a prompt had rewards above the r_max" in page and "6 held-out prompts (3 of them trained on too)" in page
+    assert "rewards of 3 prompts are above r_max" in caplog.text and "flatters" in caplog.text
+
+
 def after(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, and then a kill."""
 

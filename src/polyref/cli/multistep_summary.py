@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from polyref.cli.multistep_settings import MultistepSettings
 
 if TYPE_CHECKING:
+    from polyref.data.prompt_rows import PromptRow
     from polyref.loops.policies import Policy
     from polyref.stages import RunFolder
     from polyref.training.config import PreferenceConfig
@@ -23,10 +24,18 @@ ANCHOR = "the original references, at every step"
 
 
 def summary_of(
-    own: MultistepSettings, args: PreferenceConfig, rows: Sequence[Row], prompts: int, held_out: int
+    own: MultistepSettings,
+    args: PreferenceConfig,
+    rows: Sequence[Row],
+    prompts: Sequence[PromptRow],
+    held_out: Sequence[PromptRow],
 ) -> dict[str, Any]:
     """What was done, and the rows of the start and of each step."""
+    from polyref.data.sources import prompt_key
+
     equal = own.equal_steps
+    shared = len({prompt_key(row.prompt) for row in prompts} & {prompt_key(row.prompt) for row in held_out})
+    judges = f"{len(held_out)} held-out prompts" + (f" ({shared} of them trained on too)" if shared else "")
     return {
         "model": own.model,
         "references": [member.label for member in own.anchor.members],
@@ -41,8 +50,9 @@ def summary_of(
         "schedule": f"{equal} equal in 1/beta" if equal is not None else f"adapted to acceptance {own.acceptance:g}",
         "reached": rows[-1]["beta"] == own.beta,
         "correct": own.correct,
-        "prompts": prompts,
-        "judged_on": f"{held_out} held-out prompts" if held_out else "the prompts trained on",
+        "prompts": len(prompts),
+        "shared_prompts": shared,
+        "judged_on": judges if held_out else "the prompts trained on",
         "proposals": sum(row["proposals"] for row in rows[1:]),
         "tokens": sum(row["tokens"] for row in rows[1:]),
         "steps": list(rows),
@@ -70,6 +80,16 @@ def tell(summary: Row, run_dir: Path) -> None:
         at = "start" if not row["step"] else f"step {row['step']}, beta {row['beta']:.4g}"
         logger.info("%s: reward %.3f%s, KL to the anchor %s nats", at, row["reward"][0], gold, kl)
     logger.info("%d proposals and %d tokens in all", summary["proposals"], summary["tokens"])
+    last = summary["steps"][-1]
+    if summary.get("shared_prompts"):
+        logger.warning("judged on %s: what it gained there flatters", summary["judged_on"])
+    for row in summary["steps"][1:]:
+        if row.get("above_r_max"):
+            of = "step %d: rewards of %d prompts are above r_max, so that their tilt is approximate; raise it"
+            logger.warning(of, row["step"], row["above_r_max"])
+    if last.get("unscored"):
+        of = "the KL leaves out %d completions that a reference gives no probability or cannot read, and is too small"
+        logger.warning(of, last["unscored"])
     if not summary["reached"]:
         reached = f"{summary['beta']:g} was not reached: the last step is at {summary['steps'][-1]['beta']:.4g}"
         logger.warning("beta %s; raise most_steps, or lower acceptance", reached)

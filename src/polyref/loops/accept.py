@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from polyref.data.prompt_rows import PromptRow
+from polyref.data.sources import prompt_key
 from polyref.errors import DataError
 from polyref.loops.generate import Proposed
 from polyref.loops.policies import anchor_logp
@@ -32,24 +34,27 @@ class Acceptance:
     correct: ReferenceSet | None = None
 
 
-def accept(row: PromptRow, one: Proposed, how: Acceptance) -> Kept | None:
-    """Which proposals of the prompt `row` are kept; None where there is no proposal.
+def accept(row: PromptRow, one: Proposed, how: Acceptance, place: int = 0) -> Kept | None:
+    """Which proposals of the prompt `row` are kept; None where there is no proposal, or none that may be.
 
     Rejection at 1/beta_k - 1/beta_{k-1} [RSO]: exact for a known r_max, else under the largest reward proposed. Weighted
     proposals, and those of a policy to be corrected, are resampled to `keep` by importance weights, which for the latter are
     prod_i pi_i^{a_i} exp(r/beta_k) / policy [IT]. A proposal that a reference cannot give, or cannot score, has weight 0.
+    Coins are those of the prompt under its own weights, after `place` equal ones.
     """
     if not one.proposals:
         return None
     rewards = torch.tensor([proposal.rewards[0] for proposal in one.proposals], dtype=torch.float64)
     beta = step_beta(how.previous, how.beta)
-    draws = stream(how.seed, "accept", row.prompt).random(len(rewards))
+    draws = stream(how.seed, "accept", row.prompt, row.reference_weights, place).random(len(rewards))
     if how.correct is not None and one.proposals[0].own is not None:
         anchor = torch.tensor([anchor_logp(p, how.correct, row) for p in one.proposals], dtype=torch.float64)
         own = torch.tensor([p.own for p in one.proposals], dtype=torch.float64)
         log_weights = (anchor - own).nan_to_num(nan=-torch.inf)
+        if not log_weights.isfinite().any():
+            return None
         return resample(importance(rewards, how.beta, log_weights=log_weights), how.keep, float(draws[0]))
-    if any(proposal.log_weight for proposal in one.proposals):
+    if not one.exact or any(proposal.log_weight for proposal in one.proposals):  # weights of particles may be alike by chance
         log_weights = torch.tensor([proposal.log_weight for proposal in one.proposals], dtype=torch.float64)
         return resample(importance(rewards, beta, log_weights=log_weights), how.keep, float(draws[0]))
     return reject(rewards, torch.from_numpy(draws), beta, r_max=how.r_max, wanted=how.keep)
@@ -57,7 +62,11 @@ def accept(row: PromptRow, one: Proposed, how: Acceptance) -> Kept | None:
 
 def accept_all(prompts: Sequence[PromptRow], proposed: Sequence[Proposed], how: Acceptance, step: int) -> list[Kept | None]:
     """`accept` for each prompt. DataError where nothing at all is kept."""
-    kept = [accept(row, one, how) for row, one in zip(prompts, proposed, strict=True)]
+    seen, kept = Counter[tuple[str, tuple[float, ...] | None]](), list[Kept | None]()
+    for row, one in zip(prompts, proposed, strict=True):
+        equal = prompt_key(row.prompt), row.reference_weights
+        kept.append(accept(row, one, how, seen[equal]))
+        seen[equal] += 1
     if not any(one is not None and len(one.indices) for one in kept):
         drawn = sum(len(one.proposals) for one in proposed)
         what = f"none of {drawn} proposals of step {step} was accepted"

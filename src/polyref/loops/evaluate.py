@@ -32,11 +32,13 @@ def evaluated(
 
     `kl` is E[log pi(y|x) - log anchor(y|x)] in nats over the policy's own draws: sum_i a_i KL(pi || pi_i) for a geometric
     composition, which needs no normaliser [MR], KL(pi || M_a) for an arithmetic one. `kl_each` (K,) is KL(pi || pi_i), over the
-    prompts that give the reference weight. A completion that a reference could not score is left out of it. `win_rate` compares
-    gold rewards with those of `start`, draw by draw.
+    prompts that give the reference weight. A completion that a reference could not score, or gives no probability, is left out
+    of both, which then are too small, and counted as `unscored`. `win_rate` compares gold rewards with those of `start`, draw
+    by draw. Intervals are over prompts, one under other weights being the same.
     """
     rows = [(row, proposal) for row, one in zip(prompts, drawn, strict=True) for proposal in one.proposals]
-    clusters = [f"{row.source} {row.row} {prompt_key(row.prompt)}" for row, _ in rows]
+    clusters = [prompt_key(row.prompt) for row, _ in rows]
+    ratios = [_ratio(p.own, anchor_logp(p, references, row)) for row, p in rows]
 
     def estimate(values: Sequence[float]) -> Estimate | None:
         known = [(value, cluster) for value, cluster in zip(values, clusters, strict=True) if math.isfinite(value)]
@@ -44,19 +46,21 @@ def evaluated(
             return None
         return [finite(end) for end in mean_interval([v for v, _ in known], [c for _, c in known], seed=seed)]
 
-    def ratio(own: float | None, other: float | None) -> float:
-        return math.nan if own is None or other is None else own - other
-
     gold = [p.rewards[1] for _, p in rows] if len(rows[0][1].rewards) > 1 else None
     return {
         "reward": estimate([p.rewards[0] for _, p in rows]),
         "gold": estimate(gold) if gold is not None else None,
-        "kl": estimate([ratio(p.own, anchor_logp(p, references, row)) for row, p in rows]),
-        "kl_each": [estimate([ratio(p.own, p.logps[k]) for _, p in rows]) for k in range(len(references))],
+        "kl": estimate(ratios),
+        "kl_each": [estimate([_ratio(p.own, p.logps[k]) for _, p in rows]) for k in range(len(references))],
+        "unscored": sum(not math.isfinite(ratio) for ratio in ratios),
         "length": estimate([float(p.tokens) for _, p in rows]),
         "share_ended": sum(p.ended for _, p in rows) / len(rows),
         "win_rate": _wins(rows, start, gold, seed) if gold is not None and start is not None else None,
     }
+
+
+def _ratio(own: float | None, other: float | None) -> float:
+    return math.nan if own is None or other is None else own - other
 
 
 def _wins(rows: Sequence[tuple[PromptRow, Any]], start: Sequence[Proposed], gold: Sequence[float], seed: int) -> Estimate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from polyref.data.prompt_rows import PromptRow
 from polyref.files import write_bytes
@@ -71,7 +71,7 @@ def generate(
     for start, file in zip(starts, files, strict=True):
         if draw is not None and file in missing:
             some = prompts[start : start + prompts_at_once]
-            scored = _scored(some, draw(some), rewards)
+            scored = _scored(some, [_spelt(one) for one in draw(some)], rewards)
             write_bytes(file, json.dumps([asdict(one) for one in scored], allow_nan=False).encode())
         found += _read(json.loads(file.read_text()))
         if missing:
@@ -79,6 +79,15 @@ def generate(
     if not stage.done:
         stage.finish(files)
     return found
+
+
+def _spelt(one: Proposed) -> Proposed:
+    """`one` with the texts of completions that were cut without a last character that their tokens spell in part."""
+
+    def text(p: Proposal) -> str:
+        return p.text if p.ended else p.text.rstrip("\ufffd") or p.text
+
+    return replace(one, proposals=tuple(replace(proposal, text=text(proposal)) for proposal in one.proposals))
 
 
 def _scored(prompts: Sequence[PromptRow], drawn: Sequence[Proposed], rewards: Sequence[Reward]) -> list[Proposed]:

@@ -85,9 +85,9 @@ def multistep(
         row = {"step": step, "beta": beta, "step_beta": step_beta(previous, beta)}
         row |= _counted(proposed)
         original = plan.references if plan.correct and step > 1 else None
-        how = Acceptance(beta, previous, plan.keep, plan.r_max, plan.seed + step, original)
+        how = Acceptance(beta, previous, plan.keep, plan.r_max, _seed(plan, "accept", step), original)
         kept = accept_all(prompts, proposed, how, step)
-        row |= _kept(kept, plan.seed)
+        row |= _kept(kept, plan)
         stage = folder.stage(f"pair-{step}", outputs)
         records, cut, counts = pair(stage, prompts, proposed, kept, plan.pairing)
         outputs = inputs | stage.outputs
@@ -165,15 +165,20 @@ def _counted(proposed: Sequence[Proposed]) -> Row:
     }
 
 
-def _kept(kept: Sequence[Kept | None], seed: int) -> Row:
-    """What was kept, with the acceptance of each prompt, None where proposals were weighed instead."""
+def _kept(kept: Sequence[Kept | None], plan: Plan) -> Row:
+    """What was kept, with the acceptance of each prompt, None where proposals were weighed instead.
+
+    `above_r_max` counts prompts of which a proposal was above the bound that was claimed: their tilt is approximate.
+    """
     rates = [None if one is None or one.acceptance is None else one.acceptance.mean for one in kept]
     known = [rate for rate in rates if rate is not None]
+    rejected = [one for one in kept if one is not None and one.acceptance is not None]
     return {
-        "acceptance": [finite(end) for end in mean_interval(known, seed=seed)] if known else None,
+        "acceptance": [finite(end) for end in mean_interval(known, seed=plan.seed)] if known else None,
         "acceptance_by_prompt": rates,
         "kept": sum(len(one.indices) for one in kept if one is not None),
         "ess": sum(one.ess for one in kept if one is not None),
         "kept_by_prompt": [0 if one is None else len(one.indices) for one in kept],
         "exact_tilts": sum(one is not None and one.exact for one in kept),
+        "above_r_max": 0 if plan.r_max is None else sum(not one.exact for one in rejected),
     }
