@@ -47,7 +47,7 @@ SYSTEM_PROMPTS = {
 }
 POCKET = ("base", "harmless", "helpful")
 COUNTS = (2, 3)
-PROPOSALS, ASKED, LONG, TOKENS, SEED = 16, 8, 48, 24, 0
+PROPOSALS, ASKED, LONG, TOKENS, SEED = 16, 8, 128, 24, 0
 """A prompt's proposals; samples that `auto` is asked for; particles of `long`, from which F is known better."""
 
 METHODS: Final[Mapping[str, Mapping[str, Any]]] = {
