@@ -29,6 +29,10 @@ ENSEMBLE = [{"model": "rule:length"}, {"model": "rule:length:characters"}]
         ),
         "no such enhancer": ({"enhancer": {"who": "nobody"}}, "enhancer.who is 'nobody'", "brief"),
         "a prompt of a reference": ({"enhancer": {"who": "brief", "system_prompt": "hi"}}, "has its own system prompt"),
+        "a temperature of a composition": (
+            {"enhancer": {"who": "references", "temperature": 2.0}},
+            "which is drawn as it is",
+        ),
         "no such stays": ({"enhancer": {"stays": "middle"}}, "unknown stays 'middle'"),
         "no such pairing": ({"pairing": "uncertain"}, "unknown pairing 'uncertain'", "farthest"),
         "features of a rule": ({"pairing": "farthest"}, "needs the features of one reward model"),

@@ -20,7 +20,7 @@ from polyref.cli.preference_source import RewardSource
 from polyref.data.sources import load_preferences
 from polyref.rewards.functions import NamedReward, from_function
 from polyref.rewards.preference_model import from_reward
-from polyref.types import Text
+from polyref.types import PreferenceRecord, Text
 
 LETTERS = from_function(lambda prompt, text: float(len(str(text))), "letters", "1")
 
@@ -65,13 +65,13 @@ def test_best_against_the_worst_of_another_temperature(world: World) -> None:
         assert texts == {max(main[number], key=len), min(other[number], key=len)}
 
 
-@pytest.mark.parametrize("who", ["brief", *(pytest.param(who, marks=SLOW) for who in ("earlier", "start"))])
+@pytest.mark.parametrize("who", ["references", *(pytest.param(who, marks=SLOW) for who in ("brief", "earlier", "start"))])
 def test_members_and_earlier_policies_are_enhancers(world: World, who: str) -> None:
     members = [{"model": str(world.model)}, {"model": str(world.model), "system_prompt": "be brief", "name": "brief"}]
     outcome = world.run(quick(world, enhancer={"who": who, "completions": 1}, completions=1, references={"members": members}))
     assert outcome.code == 0, outcome.err
     main, other = drawn(world, "generate-1"), drawn(world, "enhance-1")
-    assert main != other and summary_of(world)["rounds"][1]["completions"] == 6
+    assert main != other and summary_of(world)["rounds"][1]["completions"] >= 6
 
 
 @slow
@@ -116,9 +116,9 @@ def test_offline_pairs_are_trained_on_beside_fresh_prompts(world: World) -> None
 def test_pessimism_subtracts_the_spread_of_an_ensemble_before_pairing(world: World) -> None:
     own = IterateSettings("run", "model", ensemble=[RewardSource("rule:length"), RewardSource("rule:length:characters")])
     texts = ["a b", "abcdefgh"]
-    mean = iterate_plan.training_reward(own)(["p", "p"], texts)
+    mean = iterate_plan.training_reward(own, [])(["p", "p"], texts)
     own.pessimism = 2.0
-    low = iterate_plan.training_reward(own)(["p", "p"], texts)
+    low = iterate_plan.training_reward(own, [])(["p", "p"], texts)
     assert mean[1] > mean[0] and low[1] < low[0], "the longer text is better in the mean, and less sure"
     ensemble = [{"model": "rule:length"}, {"model": "rule:length:characters"}]
     outcome = world.run(quick(world, reward=None, ensemble=ensemble, pessimism=1.0))
@@ -136,6 +136,15 @@ class Counting:
 
     def features(self, prompts: Sequence[Text], completions: Sequence[Text]) -> torch.Tensor:
         return torch.tensor([[float(len(str(y))), float(len(set(str(y))))] for y in completions], dtype=torch.float64)
+
+
+def test_one_reward_is_less_sure_of_features_that_its_pairs_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = IterateSettings("run", "model", reward=RewardSource("model"), pessimism=1.0, bonus_data="pairs.jsonl")
+    monkeypatch.setattr(iterate_plan, "load_reward", lambda source: Counting())
+    fitted = [PreferenceRecord("p", "aaa", "a")] * 9
+    reward = iterate_plan.training_reward(own, fitted)
+    low = Counting()(["p", "p"], ["aaaa", "abcd"]) - reward(["p", "p"], ["aaaa", "abcd"])
+    assert 0 < low[0] < low[1], "of as long texts, one has letters that no pair told apart"
 
 
 def test_functions_reward_label_and_pair_by_uncertainty(world: World) -> None:

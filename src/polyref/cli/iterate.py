@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +53,11 @@ def run(settings: Namespace) -> None:
     return None
 
 
-def load_offline(own: IterateSettings, source: MultistepPrompts) -> list[PreferenceRecord]:
-    """The offline pairs, read as the prompts are."""
+def load_pairs(data: str | None, source: MultistepPrompts) -> list[PreferenceRecord]:
+    """The pairs of `data`, read as the prompts are; none of None."""
     from polyref.data.sources import load_preferences
 
-    if own.offline_data is None:
-        return []
-    return load_preferences(own.offline_data, prompt_format=source.prompt_format, columns=source.columns)
+    return [] if data is None else load_preferences(data, prompt_format=source.prompt_format, columns=source.columns)
 
 
 def make_iterate(
@@ -87,7 +86,8 @@ def make_iterate(
     refuse_many_processes()
     args = check_training(own, training)
     check_labeller(own, preference)
-    rewards = open_rewards(own, reward, gold)
+    fitted = cache(lambda: load_pairs(own.bonus_data, source))
+    rewards = open_rewards(own, fitted, reward, gold)
     if config is None:
         config = {k: v for k, v in vars(own).items() if k != "output_dir"} | vars(source) | dict(training)
     run_dir = Path(own.output_dir)
@@ -95,9 +95,9 @@ def make_iterate(
         RunFolder(run_dir, config, seeds={"seed": args.seed}, may_change=(*MAY_CHANGE, *ASKING)) as folder,
         ExitStack() as stack,
     ):
-        (prompts, held_out), offline = source.load(), load_offline(own, source)
+        (prompts, held_out), offline = source.load(), load_pairs(own.offline_data, source)
         given = {"the reward": reward, "the gold reward": gold, "the preference model": preference}
-        inputs = inputs_of(own, prompts, held_out, offline, given)
+        inputs = inputs_of(own, prompts, held_out, offline, fitted(), given)
         folder.refuse_changed(inputs, "write")
         labeller = open_labeller(own, preference, run_dir, args.seed, stack)
         with Meter("done") as meter:

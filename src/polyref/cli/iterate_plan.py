@@ -39,8 +39,13 @@ def check_training(own: IterateSettings, training: Mapping[str, Any]) -> Prefere
     return args
 
 
-def open_rewards(own: IterateSettings, reward: Reward | None, gold: Reward | None) -> Callable[[], Sequence[Reward]]:
-    """What gives the training reward and the gold one, if any, loaded when first asked. ConfigError for none, or for two."""
+def open_rewards(
+    own: IterateSettings, fitted: Callable[[], Sequence[PreferenceRecord]], reward: Reward | None, gold: Reward | None
+) -> Callable[[], Sequence[Reward]]:
+    """What gives the training reward and the gold one, if any, loaded when first asked. ConfigError for none, or for two.
+
+    `fitted` gives the pairs of bonus_data.
+    """
     named = own.reward is not None or own.ensemble is not None
     for name, by_name, given in (("reward", named, reward), ("gold", own.gold is not None, gold)):
         if by_name and given is not None:
@@ -53,19 +58,17 @@ def open_rewards(own: IterateSettings, reward: Reward | None, gold: Reward | Non
     @cache
     def opened() -> Sequence[Reward]:
         judge = gold if own.gold is None else load_reward(own.gold)
-        return [one for one in (training_reward(own) if named else reward, judge) if one is not None]
+        return [one for one in (training_reward(own, fitted()) if named else reward, judge) if one is not None]
 
     return opened
 
 
-def training_reward(own: IterateSettings) -> Reward:
-    """The one reward or the mean of the ensemble, less `pessimism` times its uncertainty."""
-    from polyref.data.sources import load_preferences
+def training_reward(own: IterateSettings, fitted: Sequence[PreferenceRecord]) -> Reward:
+    """The one reward or the mean of the ensemble, less `pessimism` times its uncertainty beside the pairs `fitted`."""
     from polyref.rewards.ensemble import RewardEnsemble
     from polyref.rewards.pessimism import pessimistic
     from polyref.rewards.uncertainty import FeatureUncertainty
 
-    fitted = load_preferences(own.bonus_data) if own.bonus_data is not None else []
     prompts = [one.prompt for one in fitted]
     if own.ensemble is not None:
         ensemble = RewardEnsemble(tuple(map(load_reward, own.ensemble)))
@@ -84,6 +87,7 @@ def inputs_of(
     prompts: Sequence[PromptRow],
     held_out: Sequence[PromptRow],
     offline: Sequence[PreferenceRecord],
+    fitted: Sequence[PreferenceRecord],
     given: Mapping[str, Any],
 ) -> dict[str, str]:
     """What the run depends on beyond its configuration, by the words that a refusal uses for it.
@@ -92,17 +96,15 @@ def inputs_of(
     completion; ConfigError for fewer prompts than the rounds take.
     """
     from polyref.data.records import record_to_row
-    from polyref.files import file_digest
     from polyref.stages import content_digest
 
     if own.prompts_per_round is not None and (needed := own.rounds * own.prompts_per_round) > len(prompts):
         what = f"{own.rounds} rounds of {own.prompts_per_round} fresh prompts take {needed}, and there are {len(prompts)}"
         raise ConfigError(what, fix="give more prompts, fewer rounds, or fewer prompts a round")
     inputs = drawing_inputs(own.source, own.reference_set, prompts, held_out, own.max_new_tokens)
-    if offline:
-        inputs["offline pairs"] = content_digest([record_to_row(record) for record in offline])
-    if own.bonus_data is not None and Path(own.bonus_data).is_file():
-        inputs["bonus_data"] = file_digest(own.bonus_data)
+    for name, records in (("offline pairs", offline), ("pairs of bonus_data", fitted)):
+        if records:
+            inputs[name] = content_digest([record_to_row(record) for record in records])
     named = {"reward": own.reward, "gold reward": own.gold}
     named |= {f"reward {number} of the ensemble": one for number, one in enumerate(own.ensemble or (), 1)}
     inputs |= {f"weights of the {name}": source.fingerprint for name, source in named.items() if source is not None}

@@ -28,7 +28,7 @@ class EnhancerSettings:
     """Who else draws in a round. Pairs are then of one completion of the main agent's and one of the enhancer's.
 
     Args:
-        who: policy (the same one, drawn otherwise), start, earlier, or the name of a reference.
+        who: policy (the same one, drawn otherwise), start, earlier, references (their composition), or the name of one.
         back: with earlier, so many rounds ago; at most the start.
         completions: how many of each prompt.
         temperature: of its draws.

@@ -25,8 +25,8 @@ STAYS = ("all", "best", "worst")
 class Agent:
     """What draws `n` completions of each prompt, and which of them `stays`: all, the best or the worst by the reward.
 
-    `who` is policy (as it stands), start (before round 1), earlier (as it was `back` rounds ago, at most the start), or the
-    label of a member of the reference set.
+    `who` is policy (as it stands), start (before round 1), earlier (as it was `back` rounds ago, at most the start), references
+    (their composition), or the label of a member of these.
     """
 
     who: str
@@ -62,12 +62,15 @@ def check_agent(agent: Agent, references: ReferenceSet, who: str) -> None:
     """ConfigError for an agent that is nobody, or asks for what a reference does not do."""
     if agent.who in ("policy", "start", "earlier"):
         return
-    if [member.label for member in references.members].count(agent.who) != 1:
+    if agent.who != "references" and [member.label for member in references.members].count(agent.who) != 1:
         labels = ", ".join(member.label for member in references.members)
         what = f"{who} is {agent.who!r}, which names no one reference"
-        raise ConfigError(what, fix=f"use policy, start, earlier, or the name of one reference of {labels}")
+        raise ConfigError(what, fix=f"use policy, start, earlier, references, or the name of one of {labels}")
     if agent.system_prompt is not None:
-        raise ConfigError(f"{who} is a reference, which has its own system prompt", fix="set it in the reference")
+        raise ConfigError(f"{who} is {agent.who}, which has its own system prompt", fix="set it in the reference")
+    if agent.who == "references" and len(references) > 1 and (agent.parameters.temperature, agent.parameters.top_p) != (1, 1):
+        fix = "leave temperature and top_p out"
+        raise ConfigError(f"{who} is the composition of the references, which is drawn as it is", fix=fix)
 
 
 def open_agent(agent: Agent, cast: Cast, prompts: Sequence[PromptRow], seed: int) -> Callable[[], Draw]:
@@ -79,8 +82,10 @@ def open_agent(agent: Agent, cast: Cast, prompts: Sequence[PromptRow], seed: int
             options: dict[str, Any] = {"batch_size": cast.batch_size, "seed": seed}
             policy = cast.policies[known[agent.who]]
             return from_policy(policy, cast.tokenizer, agent.n, agent.parameters, system_prompt=agent.system_prompt, **options)
-        (member,) = (one for one in cast.references.members if one.label == agent.who)
         how = Drawing(agent.n, agent.n, agent.parameters, "auto", None, cast.batch_size, seed)
+        if agent.who == "references":
+            return from_references(cast.references, prompts, how)
+        (member,) = (one for one in cast.references.members if one.label == agent.who)
         draw = from_references(ReferenceSet((member,)), _alone(prompts), how)
         return lambda some: draw(_alone(some))
 
