@@ -189,6 +189,9 @@ def test_a_process_killed_by_signal_goes_on_to_the_same_bytes(world: World) -> N
         "all prompts held out": ({"held_out": 6}, "held_out takes 6 of 6 prompts"),
         "a bound that is infinite": ({"r_max": ".inf"}, "r_max is inf"),
         "no run folder": ({"output_dir": ""}, "output_dir is empty"),
+        "a seed below 0": ({"seed": -1}, "seed is -1", "from 0"),
+        "a seed too large": ({"seed": 2**32}, "seed is 4294967296", "below 2^32"),
+        "a split below 0": ({"split_seed": -1}, "split_seed is -1", "from 0"),
     }
 )
 def test_settings_are_refused_before_anything_is_drawn(given: dict[str, Any], says: list[str], world: World) -> None:

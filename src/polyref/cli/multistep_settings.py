@@ -57,6 +57,8 @@ class MultistepPrompts:
             raise ConfigError(f"held_out is {self.held_out:g}", fix="give a number of prompts, or a share below 1")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit is {self.limit}", fix="give a number of prompts of at least 1, or leave it out")
+        if self.split_seed < 0:
+            raise ConfigError(f"split_seed is {self.split_seed}", fix="give a whole number from 0")
         if self.eval_data is not None and self.held_out:
             raise ConfigError("eval_data and held_out are both given", fix="give one of them")
         settings = {"split": self.split, "prompt_format": self.prompt_format, "columns": self.columns}

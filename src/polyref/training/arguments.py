@@ -35,6 +35,8 @@ def check_arguments(args: Any, counts: Sequence[str] = COUNTS) -> None:
         raise ConfigError(f"learning_rate is {args.learning_rate}", fix="give at least 0")
     if not args.num_train_epochs > 0 and args.max_steps < 1:
         raise ConfigError(f"num_train_epochs is {args.num_train_epochs}", fix="give a number above 0, or max_steps")
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"seed is {args.seed}", fix="give a whole number from 0, below 2^32")
     check_truncation(args.max_length, args.truncation_mode)
     if args.prompt_format not in PROMPT_FORMATS:
         raise ConfigError(f"unknown prompt_format {args.prompt_format!r}", fix="use as_is, chat or transcript")
