@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from safetensors.torch import load_file
 
 from cli_world import World, assert_ends_in_one_line
+from polyref import files
 from polyref.data.sources import load_preferences
 from polyref.loops import generate, label, pairing, train
+from polyref.loops import iterate as loop
 from polyref.training.preference_trainer import PreferenceTrainer
 
 
@@ -99,6 +102,59 @@ def test_a_run_stopped_anywhere_ends_with_the_bytes_of_an_unbroken_one(world: Wo
         stops += 1
         assert stops < 80
     assert stops > 7 and outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_run_that_stops_in_mid_write_ends_with_the_bytes_of_an_unbroken_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = world.iterate(output_dir=world.path / "unbroken" / "run", rounds=1, save_steps=1)
+    assert world.run(whole).code == 0
+    words, replace, stops = world.iterate(output_dir=world.path / "broken" / "run", rounds=1, save_steps=1), os.replace, 0
+
+    def torn(calls: Iterator[int]) -> Callable[..., None]:
+        """As `os.replace`, but the last of `calls` stops before the new name: what was written has the temporary one."""
+
+        def replaced(*args: Any, **options: Any) -> None:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            replace(*args, **options)
+
+        return replaced
+
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", torn(iter(range(5 + stops))))
+            outcome = world.run(words)
+        if outcome.code == 0:
+            break
+        stops += 1
+        assert outcome.code == 1 and stops < 40, outcome.err
+    assert stops > 2 and outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_an_over_optimised_run_ends_with_the_policy_before_and_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, told = loop.measured, iter(enumerate([0.0, 1.0, 0.5, 0.4]))
+
+    def falling(*args: Any, **options: Any) -> dict[str, Any]:
+        proxy, gold = next(told)
+        return measured(*args, **options) | {
+            "gold": [gold, gold - 0.1, gold + 0.1],
+            "reward": [proxy, proxy - 0.1, proxy + 0.1],
+        }
+
+    monkeypatch.setattr(loop, "measured", falling)
+    outcome = world.run(world.iterate(rounds=5, gold={"model": "rule:length"}, prompts_at_once=32))
+    assert outcome.code == 0, outcome.err
+    run = world.path / "iterate"
+    summary = summary_of(run)
+    assert summary["stop"]["rail"] == "over-optimisation" and (summary["final_round"], len(summary["rounds"])) == (1, 4)
+    final, kept = (folder / "model.safetensors" for folder in (run / "model", run / "stages/train-1/model"))
+    assert final.read_bytes() == kept.read_bytes()
+    assert "ended after round 3 of 5: over-optimisation" in (run / "report.html").read_text().replace("It ended", "ended")
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def make_iterate(
         if last.done:
             logger.info("%s is complete; nothing to do", run_dir)
         else:
-            summary = summary_of(own, args, found, len(prompts), len(held_out), len(offline))
+            summary = summary_of(own, args, found, prompts, held_out, len(offline))
             last.finish(write(folder, own, summary, found), info={"depends_on": inputs, "anchor": own.moving.told})
         result: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
         tell(result, run_dir)

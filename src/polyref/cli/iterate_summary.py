@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyref.cli.iterate_settings import IterateSettings
+from polyref.cli.multistep_summary import judges_of
 
 if TYPE_CHECKING:
+    from polyref.data.prompt_rows import PromptRow
     from polyref.loops.iterate import Outcome
     from polyref.stages import RunFolder
     from polyref.training.config import PreferenceConfig
@@ -22,9 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 def summary_of(
-    own: IterateSettings, args: PreferenceConfig, found: Outcome, prompts: int, held_out: int, offline: int
+    own: IterateSettings,
+    args: PreferenceConfig,
+    found: Outcome,
+    prompts: Sequence[PromptRow],
+    held_out: Sequence[PromptRow],
+    offline: int,
 ) -> dict[str, Any]:
     """What was done, why it ended, and the rows of the start and of each round."""
+    shared, judges = judges_of(prompts, held_out)
     members = own.reference_set.members
     return {
         "model": own.model,
@@ -43,9 +51,10 @@ def summary_of(
         "beta": own.beta,
         "replay": "all rounds" if own.replay is None else f"{own.replay} rounds before",
         "from_start": own.from_start,
-        "prompts": prompts,
+        "prompts": len(prompts),
+        "shared_prompts": shared,
         "offline_pairs": offline,
-        "judged_on": f"{held_out} held-out prompts" if held_out else "the prompts trained on",
+        "judged_on": judges,
         "labels": sum(row["pairs"] for row in found.rows[1:]),
         "tokens": sum(row["tokens"] for row in found.rows[1:]),
         "asked_rounds": own.rounds,
@@ -88,6 +97,11 @@ def tell_row(row: Row) -> None:
 def tell(summary: Row, run_dir: Path) -> None:
     """Why it ended, and where things are."""
     logger.info("%d labels and %d tokens in all; anchor: %s", summary["labels"], summary["tokens"], summary["anchor"])
+    if summary["shared_prompts"]:
+        logger.warning("judged on %s: what it gained there flatters", summary["judged_on"])
+    if unscored := summary["rounds"][-1]["unscored"]:
+        of = "the KL leaves out %d completions that a reference gives no probability or cannot read, and is too small"
+        logger.warning(of, unscored)
     if (stop := summary["stop"]) is not None:
         kept = f"round {stop['keep']}" if stop["keep"] else "the start"
         logger.warning("ended after round %d of %d: %s", stop["at"], summary["asked_rounds"], stop["why"])

@@ -31,11 +31,8 @@ def summary_of(
     held_out: Sequence[PromptRow],
 ) -> dict[str, Any]:
     """What was done, and the rows of the start and of each step."""
-    from polyref.data.sources import prompt_key
-
     equal = own.equal_steps
-    shared = len({prompt_key(row.prompt) for row in prompts} & {prompt_key(row.prompt) for row in held_out})
-    judges = f"{len(held_out)} held-out prompts" + (f" ({shared} of them trained on too)" if shared else "")
+    shared, judges = judges_of(prompts, held_out)
     return {
         "model": own.model,
         "references": [member.label for member in own.anchor.members],
@@ -52,11 +49,20 @@ def summary_of(
         "correct": own.correct,
         "prompts": len(prompts),
         "shared_prompts": shared,
-        "judged_on": judges if held_out else "the prompts trained on",
+        "judged_on": judges,
         "proposals": sum(row["proposals"] for row in rows[1:]),
         "tokens": sum(row["tokens"] for row in rows[1:]),
         "steps": list(rows),
     }
+
+
+def judges_of(prompts: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> tuple[int, str]:
+    """How many of `held_out` are trained on too, and on what a policy is judged, in words."""
+    from polyref.data.sources import prompt_key
+
+    shared = len({prompt_key(row.prompt) for row in prompts} & {prompt_key(row.prompt) for row in held_out})
+    judges = f"{len(held_out)} held-out prompts" + (f" ({shared} of them trained on too)" if shared else "")
+    return shared, judges if held_out else "the prompts trained on"
 
 
 def write(folder: RunFolder, own: MultistepSettings, summary: Row, policy: Policy) -> list[Path]:
