@@ -23,6 +23,7 @@ from polyref.types import Text
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "sigmoid"
+COLOURS = tuple(f"C{number}" for number in range(10))
 
 
 def write(tier: Tier, name: str, runs: Sequence[tuple[str, str, int]]) -> None:
@@ -151,7 +152,7 @@ def frontier(rows: Sequence[dict[str, Any]], corruptions: Sequence[str], path: P
     for axis, corruption in zip(axes[0], corruptions, strict=True):
         for number, row in enumerate(row for row in rows if row["corruption"] == corruption):
             mean, low, high = (100 * value for value in row["win_rate_over_start"])
-            marks = {"color": f"C{number % 10}", "marker": "osD^vP*X<>"[number % 10], "label": row["arm"]}
+            marks = {"color": (*COLOURS, "#000000")[number % 11], "marker": "osD^vP*X<>p"[number % 11], "label": row["arm"]}
             axis.errorbar(row["kl"][0], mean, [[mean - low], [high - mean]], linestyle="none", elinewidth=0.8, **marks)
         axis.set_title(corruption, fontsize=10)
         axis.tick_params(labelsize=9)

@@ -1,4 +1,4 @@
-"""Nine ways to train on wrong preference labels, against plain DPO, judged by a gold reward that no training sees.
+"""Ten ways to train on wrong preference labels, against plain DPO, judged by a gold reward that no training sees.
 
     python benchmarks/robust_study.py --tier pocket  --pocket runs/pocket --gold MINILM
     python benchmarks/robust_study.py --tier smollm2 --pocket runs/pocket --gold MINILM --model SMOLLM2
