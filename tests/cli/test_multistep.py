@@ -118,10 +118,13 @@ def after(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_unbroken_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = world.multistep(output_dir=world.path / "unbroken" / "run", save_steps=1)
+@pytest.mark.parametrize("settings", [{}, {"lora": {"r": 2}}], ids=["whole weights", "an adapter"])
+def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_unbroken_one(
+    settings: dict[str, Any], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = world.multistep(output_dir=world.path / "unbroken" / "run", save_steps=1, **settings)
     assert world.run(whole).code == 0
-    words = world.multistep(output_dir=world.path / "broken" / "run", save_steps=1)
+    words = world.multistep(output_dir=world.path / "broken" / "run", save_steps=1, **settings)
     points = [(generate, "write_bytes"), (pairing, "write_rows"), (pairing, "write_bytes"), (train, "save_policy")]
     points += [(PreferenceTrainer, "_save_checkpoint"), (train, "write_bytes")]
     kills = 0
