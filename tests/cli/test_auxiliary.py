@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -132,25 +133,26 @@ def test_a_reward_is_known_by_all_that_its_values_depend_on(world: World) -> Non
     world.file("answers.jsonl", '{"prompt": "x", "answer": "2"}')
     assert source.fingerprint != before
 
-    assert world.run(world.reward(lora={"r": 2}, max_steps=1, output_dir=world.path / "reward")).code == 0
+    base = Path(shutil.copytree(world.model, world.path / "base"))  # all tests have the other
+    assert world.run(world.reward(model=base, lora={"r": 2}, max_steps=1, output_dir=world.path / "reward")).code == 0
     adapter = world.path / "reward" / "model"
-    for source in (RewardSource(str(world.model), adapter=str(adapter)), RewardSource(str(adapter))):
+    for source in (RewardSource(str(base), adapter=str(adapter)), RewardSource(str(adapter))):
         before = source.fingerprint
         kept = read_reward_settings(adapter)
         assert kept is not None
         write_reward_settings(adapter, replace(kept, temperature=(kept.temperature or 1.0) + 1))
         assert source.fingerprint != before
 
-    sources = [RewardSource(str(world.model), adapter=str(adapter)), RewardSource(str(adapter))]
+    sources = [RewardSource(str(base), adapter=str(adapter)), RewardSource(str(adapter))]
     before = [source.fingerprint for source in sources]
-    saved_llama(world.model, byte_tokenizer(), seed=7)
+    saved_llama(base, byte_tokenizer(), seed=7)
     other_base = [source.fingerprint for source in sources]
     word_tokenizer(["yes", "no"]).save_pretrained(adapter)
     other_words = [source.fingerprint for source in sources]
     assert all(len(set(found)) == 3 for found in zip(before, other_base, other_words, strict=True))
-    whole = RewardSource(str(world.model)).fingerprint
-    word_tokenizer(["yes", "no"]).save_pretrained(world.model)
-    assert RewardSource(str(world.model)).fingerprint != whole
+    whole = RewardSource(str(base)).fingerprint
+    word_tokenizer(["yes", "no"]).save_pretrained(base)
+    assert RewardSource(str(base)).fingerprint != whole
 
 
 def test_a_reward_that_is_no_number_is_named_by_its_row_of_the_data(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
