@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import filelock
 import xxhash
 
 from polyref.errors import PolyrefError, RunFolderError
@@ -89,6 +90,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             _sync_one(path.parent)
     finally:
         _remove(temporary)
+
+
+def hold(path: Path, lock: Path, another: str) -> filelock.BaseFileLock:
+    """`lock`, taken for `path` until it is released, by whichever thread; its folder is made when absent.
+
+    RunFolderError where another process has it: wait, or name `another`.
+    """
+    with write_errors(path):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(lock, thread_local=False)
+        try:
+            held.acquire(timeout=0)
+        except filelock.Timeout as error:
+            fix = f"wait for it to end or name {another}"
+            raise RunFolderError("is in use by another process", where=str(path), fix=fix) from error
+    return held
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

@@ -29,12 +29,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import filelock
 import xxhash
 import yaml  # type: ignore[import-untyped]
 
 from polyref.errors import ConfigError, InputError, RunFolderError, one_line
-from polyref.files import atomic_write, file_digest, files_below, remove_temporaries, sync, write_bytes, write_errors
+from polyref.files import atomic_write, file_digest, files_below, hold, remove_temporaries, sync, write_bytes, write_errors
 
 __all__ = ["RunFolder", "Stage", "atomic_write", "content_digest", "file_digest", "plain", "read_yaml"]
 
@@ -120,7 +119,7 @@ class RunFolder:
         self.path = Path(path)
         self.config: dict[str, Any] = plain(dict(config), "config")
         self._made = not os.path.exists(self.path)
-        self._lock = _hold(self.path)
+        self._lock = hold(self.path, self.path / ".lock", "another run folder")
         self._fresh = not (self.path / "config.yaml").exists()
         try:
             with write_errors(self.path):
@@ -309,18 +308,6 @@ class Stage:
         self.outputs, self.info = digests, plain(dict(info or {}), "info")
         self.run._record(self.name, {"state": "done", "inputs": self.inputs, "outputs": self.outputs, "info": self.info})
         self.done = True
-
-
-def _hold(path: Path) -> filelock.BaseFileLock:
-    with write_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            fix = "wait for it to end or name another run folder"
-            raise RunFolderError("is in use by another process", where=str(path), fix=fix) from error
-    return lock
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cli_world import World, assert_refused, table
-from polyref.cli import fit as fit_verb
+from polyref.training import course
 from polyref.training.likelihood_trainer import LikelihoodTrainer
 
 Rows = list[dict[str, Any]]
@@ -102,19 +102,19 @@ def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_unbroken_one(world: Wor
     settings = {"held_out": 2, "num_train_epochs": 3, "learning_rate": 0.01, "save_steps": 3, "logging_steps": 2}
     assert world.run(fit(world, output_dir=world.path / "unbroken" / "run", **settings)).code == 0
     words = fit(world, output_dir=world.path / "broken" / "run", **settings)
-    save, evaluated = LikelihoodTrainer._save_checkpoint, fit_verb._evaluated
+    save, kept = LikelihoodTrainer._save_checkpoint, course.kept_report
 
     def stop(self: Any, *args: Any) -> None:
         save(self, *args)
         raise KeyboardInterrupt
 
-    def stop_after(folder: Any, trainer: Any, when: str, inputs: Any) -> Any:
-        result = evaluated(folder, trainer, when, inputs)
+    def stop_after(folder: Any, when: str, inputs: Any, make: Any) -> Any:
+        result = kept(folder, when, inputs, make)
         if when == "after":
             raise KeyboardInterrupt
         return result
 
-    for where, what, instead in ((LikelihoodTrainer, "_save_checkpoint", stop), (fit_verb, "_evaluated", stop_after)):
+    for where, what, instead in ((LikelihoodTrainer, "_save_checkpoint", stop), (course, "kept_report", stop_after)):
         with monkeypatch.context() as patch:
             patch.setattr(where, what, instead)
             assert world.run(words).code == 1

@@ -23,7 +23,6 @@ from polyref.training.likelihood_config import LikelihoodConfig
 if TYPE_CHECKING:
     from polyref.data.samples import SampleRecord
     from polyref.stages import RunFolder, Stage
-    from polyref.training.likelihood_trainer import LikelihoodTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +100,8 @@ def _train_in(
     from polyref.cli.settings import peft_config
     from polyref.scoring.models import load_causal_lm, load_tokenizer
     from polyref.training.checkpoints import save_policy
-    from polyref.training.course import metrics_writer, train_and_evaluate
-    from polyref.training.likelihood_evaluate import effective_samples, likelihood_change
+    from polyref.training.course import kept_report, metrics_writer, train_and_evaluate
+    from polyref.training.likelihood_evaluate import effective_samples, likelihood_change, likelihood_report
     from polyref.training.likelihood_trainer import LikelihoodTrainer
 
     tokenizer, model = load_tokenizer(policy.source), load_causal_lm(policy.source)
@@ -117,9 +116,14 @@ def _train_in(
             peft_config(policy.lora, model),
             callbacks=[TrainingProgress(steps), metrics_writer(folder)],
         )
-        before = _evaluated(folder, trainer, "before", inputs) if held_out else None
+        dataset: Any = trainer.eval_dataset
+
+        def report() -> dict[str, Any]:
+            return likelihood_report(trainer, dataset, seed=args.seed)
+
+        before = kept_report(folder, "before", inputs, report) if held_out else None
         train_and_evaluate(folder, stage, inputs, trainer, held_out=False)
-        after = _evaluated(folder, trainer, "after", inputs) if held_out else None
+        after = kept_report(folder, "after", inputs, report) if held_out else None
         save_policy(trainer.model, tokenizer, folder.path / "model", merge_adapter=policy.merge_adapter)
     prompts = trainer.train_dataset.prompts
     return {
@@ -134,21 +138,6 @@ def _train_in(
         "after": after,
         "change": likelihood_change(before, after, seed=args.seed) if before and after else None,
     }
-
-
-def _evaluated(folder: RunFolder, trainer: LikelihoodTrainer, when: str, inputs: dict[str, str]) -> dict[str, Any]:
-    """The held-out report, kept as a stage so that a resumed run does not make it twice."""
-    from polyref.files import write_bytes
-    from polyref.training.likelihood_evaluate import likelihood_report
-
-    stage = folder.stage(f"evaluate-{when}", inputs)
-    file = stage.folder / "report.json"
-    if not stage.done:
-        dataset: Any = trainer.eval_dataset
-        write_bytes(file, json.dumps(likelihood_report(trainer, dataset, seed=trainer.args.seed)).encode())
-        stage.finish([file])
-    result: dict[str, Any] = json.loads(file.read_text())
-    return result
 
 
 def _shared(samples: list[SampleRecord], held_out: list[SampleRecord]) -> int:

@@ -20,10 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import filelock
-
 from polyref.errors import ConfigError, RunFolderError
-from polyref.files import write_bytes, write_errors
+from polyref.files import hold, write_bytes, write_errors
 from polyref.labelling.pairs import Place
 
 logger = logging.getLogger(__name__)
@@ -63,14 +61,7 @@ class Votes:
         self.path = Path(path)
         self._cast: dict[tuple[str, str], Vote] = {}
         self._writing = threading.Lock()
-        with write_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._held = filelock.FileLock(f"{self.path}.lock", thread_local=False)
-            try:
-                self._held.acquire(timeout=0)
-            except filelock.Timeout as error:
-                fix = "wait for it to end or name another file"
-                raise RunFolderError("is in use by another process", where=str(self.path), fix=fix) from error
+        self._held = hold(self.path, Path(f"{self.path}.lock"), "another file")
         try:
             self._load()
             with write_errors(self.path):

@@ -24,10 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import filelock
-
 from polyref.errors import ConfigError, RunFolderError
-from polyref.files import sync, write_errors
+from polyref.files import hold, sync, write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +74,7 @@ class Transcript:
         self.requests = self.tokens = self.failed = self.not_verdicts = 0
         self._in_flight: dict[str, int] = {}
         self._changed = threading.Condition()
-        with write_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(f"{self.path}.lock", thread_local=False)
-            try:
-                self._lock.acquire(timeout=0)
-            except filelock.Timeout as error:
-                fix = "wait for it to end or name another transcript"
-                raise RunFolderError("is in use by another process", where=str(self.path), fix=fix) from error
+        self._lock = hold(self.path, Path(f"{self.path}.lock"), "another transcript")
         try:
             self._load()
             with write_errors(self.path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,19 @@ def _shared_prompts(trainer: Trainer) -> int:
 
 
 def _evaluated(folder: RunFolder, trainer: Trainer, dataset: ScoredPairs, when: str, inputs: dict[str, str]) -> dict[str, Any]:
-    """The held-out report, kept as a stage so that a resumed run does not make it twice."""
+    def report() -> dict[str, Any]:
+        found = preference_report(trainer, dataset, seed=trainer.args.seed)
+        return found | {name: plain_interval(found[name]) for name in ("accuracy", "margin")}
+
+    return kept_report(folder, when, inputs, report)
+
+
+def kept_report(folder: RunFolder, when: str, inputs: dict[str, str], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The held-out report that `make` makes, kept as a stage so that a resumed run does not make it twice."""
     stage = folder.stage(f"evaluate-{when}", inputs)
     file = stage.folder / "report.json"
     if not stage.done:
-        report = preference_report(trainer, dataset, seed=trainer.args.seed)
-        report |= {name: plain_interval(report[name]) for name in ("accuracy", "margin")}
-        write_bytes(file, json.dumps(report).encode())
+        write_bytes(file, json.dumps(make()).encode())
         stage.finish([file])
     result: dict[str, Any] = json.loads(file.read_text())
     return result
