@@ -242,6 +242,20 @@ def test_what_cannot_be_is_one_line(
     assert settings(world.url, extra_body={"top_k": -1, "repetition_penalty": 1.0, "min_p": None, "user": "me"})
 
 
+def test_a_field_that_is_not_known_is_refused_unless_it_is_trusted() -> None:
+    url, unknown = "http://127.0.0.1/v1", {"samplers": ["temperature"], "dynasty": 1}
+    with pytest.raises(ConfigError, match="^extra_body holds dynasty, samplers, which may change the law.* trusted_fields"):
+        settings(url, extra_body=unknown)
+    assert settings(url, extra_body=unknown | {"mirostat": 0}, trusted_fields=["samplers", "dynasty"])
+    for name, value in (("mirostat", 2), ("xtc_probability", 0.5), ("dry_multiplier", 0.8), ("top_n_sigma", 1.0)):
+        with pytest.raises(ConfigError, match=f"^extra_body sets {name} to {value}: it would change the law"):
+            settings(url, extra_body={name: value}, trusted_fields=[name])
+    with pytest.raises(ConfigError, match="^extra_body holds stop; these have settings of their own"):
+        settings(url, extra_body={"stop": "x"}, trusted_fields=["stop"])
+    with pytest.raises(ConfigError, match="^trusted_fields is text; give a list of names"):
+        settings(url, trusted_fields="samplers")
+
+
 def test_the_key_goes_to_the_server_and_nowhere_else(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +274,7 @@ def test_every_setting_is_documented_with_its_default() -> None:
     for field in dataclasses.fields(ServerSettings):
         default = getattr(made, field.name)
         required = field.name in ("base_url", "model")
-        shown = "required" if required else "none" if default in (None, {}) else f"`{str(default).lower()}`"
+        shown = "required" if required else "none" if default in (None, {}, ()) else f"`{str(default).lower()}`"
         assert rows[field.name] == shown, field.name
 
 
@@ -275,6 +289,7 @@ def test_a_real_server_behind_faults_and_a_restart(tmp_path: Path, tokenizer: Pr
         "timeout": 60.0,
         "concurrency": 2,
         "extra_body": {"generation_config": drawn_freely},
+        "trusted_fields": ["generation_config"],
     }
     scorer = LocalScorer(tiny_llama(tokenizer, max_position_embeddings=8192), tokenizer)
     with transformers_serve(tmp_path) as url, faulty(url, ["429", "html", "", "close", "cut", "torn", "500"]) as world:
@@ -301,6 +316,7 @@ def test_a_real_server_killed_in_mid_run_and_started_again_is_waited_for(
     folder = str(saved_llama(tmp_path / "model", tokenizer, max_position_embeddings=8192))
     drawn_freely = json.dumps({"do_sample": True, "top_k": 0, "eos_token_id": 2, "pad_token_id": 0})
     usual: dict[str, Any] = {"model": folder, "concurrency": 2, "extra_body": {"generation_config": drawn_freely}}
+    usual["trusted_fields"] = ["generation_config"]
     chats, ready, drawn = [({"role": "user", "content": f"q{i}"},) for i in range(5)], threading.Event(), list[Any]()
     with transformers_serve(tmp_path) as url:
         options = settings(url, attempts=2000, longest_wait=0.2, timeout=60.0, **usual)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +36,21 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
+    "repeat_penalty": (1,),
     "length_penalty": (1,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "mirostat": (0,),
+    "dynatemp_range": (0,),
+    "top_n_sigma": (-1,),
 }
 """What would change the law drawn from, and the values that turn it off."""
+
+_HARMLESS = (
+    *("user", "metadata", "store", "service_tier", "priority", "request_id", "safety_identifier"),
+    *("prompt_cache_key", "cache_salt", "cache_prompt", "keep_alive"),
+)
+"""What has no part in the law or in what a reply looks like."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +64,8 @@ class ServerSettings:
         seeds: whether each request carries a seed of its own; off for a server that refuses the field.
         token_ids: whether token ids and their log-probabilities are asked for, as vLLM gives them.
         limit_name: what the server calls the most new tokens: max_tokens or max_completion_tokens.
-        extra_body: further fields of every request, none that changes the law drawn from or what a reply looks like.
+        extra_body: further fields of every request, known to change neither the law drawn from nor what a reply looks like.
+        trusted_fields: names in extra_body that polyref does not know, and that you know to change neither.
         timeout: seconds until a request counts as lost.
         attempts: how often a request is sent until the server answers it.
         first_wait: seconds before the second attempt; the wait doubles with each.
@@ -69,6 +82,7 @@ class ServerSettings:
     token_ids: bool = False
     limit_name: str = "max_tokens"
     extra_body: Mapping[str, Any] = field(default_factory=dict)
+    trusted_fields: Sequence[str] = ()
     timeout: float = 300.0
     attempts: int = 6
     first_wait: float = 1.0
@@ -85,3 +99,8 @@ class ServerSettings:
             if (value := self.extra_body.get(name)) is not None and value not in values:
                 fix = f"leave it out, or turn it off by {' or '.join(map(str, values))}"
                 raise ConfigError(f"extra_body sets {name} to {value!r}: it would change the law drawn from", fix=fix)
+        if isinstance(self.trusted_fields, str):
+            raise ConfigError("trusted_fields is text", fix="give a list of names")
+        if unknown := sorted(self.extra_body.keys() - {*_OFF, *_HARMLESS, *self.trusted_fields}):
+            what = f"extra_body holds {', '.join(unknown)}, which may change the law drawn from"
+            raise ConfigError(what, fix="leave it out, or name it in trusted_fields if you know that it does not")
