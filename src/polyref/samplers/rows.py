@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from polyref.errors import ModelError
 
+_UNUSED = 32
+"""Columns that no row needs, above which those that stay are copied without them."""
+
 
 @dataclass
 class Rows:
@@ -35,6 +38,8 @@ class Rows:
         """A row for each of `prompts`, in one pass. ModelError for logits that are not numbers."""
         from transformers import DynamicCache
 
+        from polyref.samplers.room import with_room
+
         device, length = next(model.parameters()).device, max(map(len, prompts))
         tokens = torch.zeros(len(prompts), length, dtype=torch.long)
         mask = torch.zeros_like(tokens)
@@ -43,35 +48,64 @@ class Rows:
             mask[row, length - len(prompt) :] = 1
         tokens, mask = tokens.to(device), mask.to(device)
         cache = DynamicCache(config=cast(Any, model).config)
+        cache.layers = [with_room(layer) for layer in cache.layers]
         logits = _call(model, tokens, mask, (mask.cumsum(1) - 1).clamp(min=0), cache, name)
         return cls(model, name, logits, cache, mask)
 
     @property
     def joinable(self) -> bool:
         """Whether these rows can be joined with others; state that is no list of keys and values cannot."""
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+        from transformers.cache_utils import DynamicSlidingWindowLayer
 
-        return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers)
+        from polyref.samplers.room import RoomyLayer
+
+        return all(type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers)
+
+    @property
+    def roomy(self) -> bool:
+        """Whether all layers can be changed in place."""
+        from polyref.samplers.room import RoomyLayer
+
+        return all(type(layer) is RoomyLayer for layer in self.cache.layers)
 
     def pick(self, rows: Sequence[int]) -> Rows:
         """These rows, perhaps in another order or several times over, without the columns that none of them needs."""
         at = torch.tensor(rows, device=self.mask.device)
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.batch_select_indices(at)
         mask = self.mask[at]
         if self.joinable and (unused := mask.shape[1] - int(mask.sum(1).max())):
             for layer in cache.layers:
                 _cut(layer, unused)
             mask = mask[:, unused:]
+        cache.batch_select_indices(at)
         return Rows(self.model, self.name, self.logits[at], cache, mask)
+
+    def drop(self, rows: Sequence[int]) -> tuple[Rows, list[int]]:
+        """Without these rows: those that stay, and where each of them was. These rows are of no use afterwards.
+
+        They are moved together in place where that can be done, and where it leaves few columns that none of them needs.
+        """
+        stay = [row for row in range(len(self.mask)) if row not in set(rows)]
+        if not self.roomy or self.mask.shape[1] - int(self.mask[stay].sum(1).max()) > _UNUSED:
+            return self.pick(stay), stay
+        free = [row for row in rows if row < len(stay)]
+        moves = list(zip([row for row in stay if row >= len(stay)], free, strict=True))
+        for layer in self.cache.layers:
+            layer.move(moves, len(stay))
+        order = list(range(len(stay)))
+        for a, b in moves:
+            order[b] = a
+        at = torch.tensor(order, device=self.mask.device)
+        return Rows(self.model, self.name, self.logits[at], self.cache, self.mask[at]), order
 
     def join(self, others: Rows) -> Rows:
         """These rows and then `others`; both must be `joinable`, and neither is of use afterwards."""
         for layer, more in zip(self.cache.layers, others.cache.layers, strict=True):
-            if layer.is_initialized:
+            if not layer.is_sliding:
+                layer.join(more)
+            elif layer.is_initialized:
                 layer.keys, layer.values = _stack(layer.keys, more.keys, -2), _stack(layer.values, more.values, -2)
-            if layer.is_sliding:
                 layer.cumulative_length = max(layer.cumulative_length, more.cumulative_length)
         mask = _stack(self.mask, others.mask, -1)
         return Rows(self.model, self.name, torch.cat([self.logits, others.logits]), self.cache, mask)

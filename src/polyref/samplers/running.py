@@ -74,14 +74,14 @@ class Running:
             draft.drawn_logp += drawn_logp
             draft.ended = token in self._ends
         most = self._parameters.max_new_tokens
-        going = [i for i, draft in enumerate(self._drafts) if not draft.ended and len(draft.token_ids) < most]
-        done = [draft for draft in self._drafts if draft.ended or len(draft.token_ids) == most]
-        self._drafts = [self._drafts[i] for i in going]
-        if not going:
-            self._rows = None
+        at = [i for i, draft in enumerate(self._drafts) if draft.ended or len(draft.token_ids) == most]
+        done = [self._drafts[i] for i in at]
+        if len(done) == len(self._drafts):
+            self._rows, self._drafts = None, []
             return done
         if done:
-            self._rows = self._rows.pick(going)
+            self._rows, going = self._rows.drop(at)
+            self._drafts = [self._drafts[i] for i in going]
             tokens = tokens[torch.tensor(going, device=tokens.device)]
         self._rows.step(tokens)
         return done

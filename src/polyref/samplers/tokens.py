@@ -18,6 +18,9 @@ from torch import Tensor
 
 from polyref.samplers.engine import SamplingParameters
 
+_AT_ONCE = 2**16
+"""Log-probabilities that are worked on together on a CPU: what is made of them stays in a core's own cache."""
+
 
 class Coupling(NamedTuple):
     """`stream` makes of a key of 128 bits and a length what a sequence keeps; `choose` gives tokens (R,) for log-probabilities
@@ -32,9 +35,15 @@ def next_tokens(
     logits: Tensor, streams: Sequence[Any], steps: Sequence[int], parameters: SamplingParameters, coupling: Coupling
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (R,) after `logits` (R, V), and their log-probabilities under the model and under the law drawn from."""
-    own, law = laws(logits, parameters)
-    token = coupling.choose(law, streams, steps)
-    return token, own.gather(-1, token[:, None])[:, 0], law.gather(-1, token[:, None])[:, 0]
+    at_once = max(_AT_ONCE // logits.shape[-1], 1) if logits.device.type == "cpu" else len(logits)
+    found = []
+    for start in range(0, len(logits), at_once):
+        some = slice(start, start + at_once)
+        own, law = laws(logits[some], parameters)
+        token = coupling.choose(law, streams[some], steps[some])
+        found.append((token, own.gather(-1, token[:, None])[:, 0], law.gather(-1, token[:, None])[:, 0]))
+    tokens, logps, drawn_logps = map(torch.cat, zip(*found, strict=True))
+    return tokens, logps, drawn_logps
 
 
 def laws(logits: Tensor, parameters: SamplingParameters) -> tuple[Tensor, Tensor]:
