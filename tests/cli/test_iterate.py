@@ -137,16 +137,21 @@ def test_a_run_that_stops_in_mid_write_ends_with_the_bytes_of_an_unbroken_one(
 @pytest.mark.slow
 @pytest.mark.ci
 def test_an_over_optimised_run_ends_with_the_policy_before_and_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured, told = loop.measured, iter(enumerate([0.0, 1.0, 0.5, 0.4]))
+    measured, golds, known = loop.measured, [0.0, 1.0, 0.5, 0.4], list[Any]()
 
-    def falling(*args: Any, **options: Any) -> dict[str, Any]:
-        proxy, gold = next(told)
-        return measured(*args, **options) | {
-            "gold": [gold, gold - 0.1, gold + 0.1],
-            "reward": [proxy, proxy - 0.1, proxy + 0.1],
-        }
+    def falling(prompts: Any, drawn: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        known.append(drawn)
+        proxy, gold = len(known) - 1.0, golds[len(known) - 1]
+        estimates = {name: [value, value - 0.1, value + 0.1] for name, value in (("gold", gold), ("reward", proxy))}
+        return measured(prompts, drawn, *args, **options) | estimates
+
+    def change(prompts: Any, before: Any, after: Any, which: int, *, seed: int) -> list[float]:
+        first, last = ([one is drawn for one in known].index(True) for drawn in (before, after))
+        by = golds[last] - golds[first] if which else float(last - first)
+        return [by, by - 0.2, by + 0.2]
 
     monkeypatch.setattr(loop, "measured", falling)
+    monkeypatch.setattr(loop, "mean_change", change)
     outcome = world.run(world.iterate(rounds=5, gold={"model": "rule:length"}, prompts_at_once=32))
     assert outcome.code == 0, outcome.err
     run = world.path / "iterate"

@@ -7,13 +7,28 @@ from typing import Any
 import pytest
 
 from polyref.errors import ConfigError
-from polyref.loops.rails import Limits, stopped
+from polyref.loops import rails
+from polyref.loops.rails import Change, Limits, Stop
 
 
 def row(number: int, reward: float = 0.0, gold: float | None = 0.0, kl: float = 0.1, length: float = 10.0) -> dict[str, Any]:
     """A row whose intervals reach 0.1 to either side."""
     near = {"reward": reward, "gold": gold, "kl_anchor": kl, "length": length}
     return {"round": number} | {k: None if v is None else [v, v - 0.1, v + 0.1] for k, v in near.items()}
+
+
+def apart(rows: list[dict[str, Any]]) -> Change:
+    """Changes of means whose intervals reach 0.2 to either side; where an estimate of `rows` has no ends, nor has a change."""
+
+    def change(name: str, before: int, after: int) -> list[float | None]:
+        by = rows[after][name][0] - rows[before][name][0]
+        return [by, None, None] if rows[after][name][1] is None else [by, by - 0.2, by + 0.2]
+
+    return change
+
+
+def stopped(rows: list[dict[str, Any]], limits: Limits) -> Stop | None:
+    return rails.stopped(rows, limits, apart(rows))
 
 
 def rows(**columns: list[float]) -> list[dict[str, Any]]:

@@ -98,7 +98,7 @@ class IterateSettings:
         replay: how many rounds before its own a round is trained on again; all by default.
         from_start: train every round from the starting model, not from the policy of the round before.
         kl_budget: end before a policy whose mean KL to the anchor is above so many nats.
-        patience: end once gold fell while the reward rose, beyond intervals, for so many rounds on end; none turns it off.
+        patience: end once gold is down and the reward up, beyond intervals, for so many rounds on end; none turns it off.
         length_drift: end before a policy whose mean length is so many times the start's, or less than one part in so many.
         eval_completions: completions of each prompt that the start and every round are judged by.
         batch_size: completions drawn at once.

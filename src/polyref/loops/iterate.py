@@ -16,9 +16,10 @@ import xxhash
 from polyref.data.prompt_rows import PromptRow
 from polyref.loops.agents import Agent, Cast, merged, open_agent, refuse_flat, staying
 from polyref.loops.anchors import Anchor, anchor_of, under, with_anchor
+from polyref.loops.evaluate import Estimate
 from polyref.loops.generate import Draw, Progress, Proposed, generate
 from polyref.loops.label import Labeller, label
-from polyref.loops.measure import measured
+from polyref.loops.measure import mean_change, measured
 from polyref.loops.pairing import Apart, Pairing, pair
 from polyref.loops.policies import Policy, from_policy
 from polyref.loops.rails import Limits, Stop, stopped
@@ -95,7 +96,12 @@ def iterate(
     policies, pairs, outputs = [Policy(plan.model)], list[Pairs](), dict(inputs)
     anchor, _ = anchor_of(folder, plan.anchor, policies, plan.references, outputs)
     start, row = _evaluate(folder, plan, policies[0], judged, None, anchor, outputs, 0)
-    rows, stop = [{"round": 0} | row], None
+    rows, drawn, stop = [{"round": 0} | row], [start], None
+
+    def change(name: str, before: int, after: int) -> Estimate:
+        which = ("reward", "gold").index(name)
+        return mean_change(judged, drawn[before], drawn[after], which, seed=plan.seed)
+
     _record(folder, plan, rows[0])
     for number in range(1, plan.rounds + 1):
         counts = _pairs(folder, plan, policies, batch_of(prompts, plan, number), pairs, outputs, number)
@@ -103,10 +109,11 @@ def iterate(
         outputs |= more
         policy, about = _train(folder, plan, policies, pairs, anchor, outputs, number)
         policies.append(policy)
-        _, row = _evaluate(folder, plan, policy, judged, start, anchor, outputs, number)
+        now, row = _evaluate(folder, plan, policy, judged, start, anchor, outputs, number)
+        drawn.append(now)
         rows.append({"round": number} | counts | about | row)
         _record(folder, plan, rows[-1])
-        if (stop := stopped(rows, plan.limits)) is not None:
+        if (stop := stopped(rows, plan.limits, change)) is not None:
             break
     return Outcome(policies, rows, stop)
 

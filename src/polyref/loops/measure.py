@@ -42,6 +42,19 @@ def measured(
     return row
 
 
+def mean_change(
+    prompts: Sequence[PromptRow], before: Sequence[Proposed], after: Sequence[Proposed], which: int, *, seed: int
+) -> Estimate:
+    """The mean of r(y') - r(y) over draws y of `before` and y' of `after`, as many of each prompt, by reward number `which`.
+
+    The interval is over prompts, whose ease is in both and cancels: it is shorter than those of the two means suggest.
+    """
+    pairs = [two for a, b in zip(before, after, strict=True) for two in zip(a.proposals, b.proposals, strict=True)]
+    changes = [late.rewards[which] - early.rewards[which] for early, late in pairs]
+    asked = [prompt_key(row.prompt) for row, one in zip(prompts, before, strict=True) for _ in one.proposals]
+    return [finite(end) for end in mean_interval(changes, asked, seed=seed)]
+
+
 def distinct_share(texts: Sequence[str]) -> float:
     """Different texts over all texts of one prompt; NaN of none."""
     return len(set(texts)) / len(texts) if texts else math.nan

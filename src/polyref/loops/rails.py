@@ -6,13 +6,16 @@ Pure functions of the rows that tell of the start and of each round, whose estim
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from polyref.errors import ConfigError
 
 Row = Mapping[str, Any]
+
+Change = Callable[[str, int, int], Sequence[float | None]]
+"""The mean change, with its interval, of the `reward` or the `gold` one from a round to another: [mean, low, high]."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,9 @@ class Stop:
     why: str
 
 
-def stopped(rows: Sequence[Row], limits: Limits) -> Stop | None:
+def stopped(rows: Sequence[Row], limits: Limits, change: Change) -> Stop | None:
     """The first rail that the last of `rows`, the start first, breaks; None where it breaks none."""
-    for rail in (over_kl_budget, over_optimised, drifted):
-        if (stop := rail(rows, limits)) is not None:
-            return stop
-    return None
+    return over_kl_budget(rows, limits) or over_optimised(rows, limits, change) or drifted(rows, limits)
 
 
 def over_kl_budget(rows: Sequence[Row], limits: Limits) -> Stop | None:
@@ -60,18 +60,19 @@ def over_kl_budget(rows: Sequence[Row], limits: Limits) -> Stop | None:
     return Stop("KL budget", at, at - 1, f"the KL to the anchor is {kl[0]:.3g} nats, above the budget of {limits.kl:g}")
 
 
-def over_optimised(rows: Sequence[Row], limits: Limits) -> Stop | None:
-    """Over each of the last `patience` rounds the gold reward lies below, and the proxy above, that of an earlier round.
+def over_optimised(rows: Sequence[Row], limits: Limits, change: Change) -> Stop | None:
+    """In each of the last `patience` rounds the gold reward is below, and the proxy above, that of an earlier round.
 
-    Below and above are beyond both 95% intervals. The earlier round is the one of the largest gold reward among those before
-    the last `patience`.
+    Below and above: the interval of the `change` does not reach 0. The earlier round is the one of the largest gold reward
+    among those before the last `patience`.
     """
     at, patience = len(rows) - 1, limits.patience
     if patience is None or at < patience or rows[-1]["gold"] is None:
         return None
-    best = max(rows[: at + 1 - patience], key=lambda row: row["gold"][0])
-    late = rows[at + 1 - patience :]
-    if not all(_below(row["gold"], best["gold"]) and _below(best["reward"], row["reward"]) for row in late):
+    first = at + 1 - patience
+    since = max(range(first), key=lambda i: rows[i]["gold"][0])
+    best = rows[since]
+    if not all(_fell(change("gold", since, i)) and _rose(change("reward", since, i)) for i in range(first, at + 1)):
         return None
     why = (
         f"over-optimisation: since round {best['round']} the gold reward fell from {best['gold'][0]:.3g} to "
@@ -92,6 +93,10 @@ def drifted(rows: Sequence[Row], limits: Limits) -> Stop | None:
     return Stop("length drift", at, at - 1, why)
 
 
-def _below(low: Sequence[float | None], high: Sequence[float | None]) -> bool:
-    """Whether the first interval ends before the second begins; one without ends never does."""
-    return low[2] is not None and high[1] is not None and low[2] < high[1]
+def _fell(change: Sequence[float | None]) -> bool:
+    """Whether the interval lies below 0; one without ends never does."""
+    return change[2] is not None and change[2] < 0
+
+
+def _rose(change: Sequence[float | None]) -> bool:
+    return change[1] is not None and change[1] > 0
