@@ -140,7 +140,7 @@ def make_study(arguments: argparse.Namespace) -> Study:
         return Study(policy, references, arguments.gold, prepared, folder, 300, 150, 3, 8, 2, 120, 32, 3e-4, 8)
     told = tuple((name, arguments.model, text) for name, text in SYSTEM_PROMPTS.items())
     own = {"lora_layers": 8, "sentiment": 3.0}
-    return Study(arguments.model, told, arguments.gold, prepared, folder, 64, 32, 4, 4, 2, 80, 24, 5e-4, 4, **own)
+    return Study(arguments.model, told, arguments.gold, prepared, folder, 64, 32, 4, 4, 2, 80, 24, 1e-3, 4, **own)
 
 
 def run(study: Study, arm: str, members: int, beta: float, seed: int) -> None:
