@@ -30,7 +30,8 @@ class PreferenceRecord:
 
     `chosen_probability` is P(chosen preferred) in [0, 1] (a vote share or a judge's probability; None means 1);
     `reference_weights` is one simplex vector over the reference set for this prompt; `margin` (in nats of implied reward) is
-    subtracted from the implied reward difference. `source` and `row` (1-based) say where the pair came from.
+    subtracted from the implied reward difference. A completion whose `*_ended` is false was cut where it stops: an atom
+    without the end factor (None means it ended). `source` and `row` (1-based) say where the pair came from.
 
     An auxiliary preference model g adds `predicted_probability`, its P(chosen preferred) of this pair, and M >= 1 auxiliary
     pairs of completions of the same prompt, drawn as data pairs are: `auxiliary_1`, `auxiliary_2` (M,) and
@@ -43,6 +44,8 @@ class PreferenceRecord:
     chosen_probability: float | None = None
     reference_weights: tuple[float, ...] | None = None
     margin: float | None = None
+    chosen_ended: bool | None = None
+    rejected_ended: bool | None = None
     predicted_probability: float | None = None
     auxiliary_1: tuple[Text, ...] | None = None
     auxiliary_2: tuple[Text, ...] | None = None
@@ -56,7 +59,8 @@ class TokenizedPair:
     """Token ids of one pair, made once and shared by the cache and the trainer.
 
     The model input for a completion is `prompt_ids + completion_ids`; only completion positions are scored. A completion that
-    was cut at the maximum length has `*_cut` true and carries no end-of-turn token: it is an atom without the end factor.
+    was cut, when it was drawn or at the maximum length, has `*_cut` true and carries no end-of-turn token: it is an atom
+    without the end factor.
     `auxiliary_ids` are the 2M completions of the auxiliary pairs, the first and the second of each in turn.
     """
 

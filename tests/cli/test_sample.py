@@ -83,6 +83,19 @@ def test_rows_may_bring_weights_of_their_own(world: World) -> None:
     assert_ends_in_one_line(refused, "3 weights for 2 references")
 
 
+def test_equal_prompts_under_other_weights_are_drawn_apart_however_prompts_are_parted(world: World) -> None:
+    weights = ([1, 0], [0.5, 0.5], [0.4, 0.6])
+    world.pairs(*({"prompt": "a", "reference_weights": own} for own in weights))
+    settings = {"references": {"members": [{"model": str(world.model)}] * 2}, "method": "tokens", "prompt_format": "as_is"}
+    by_one, _, _ = drawn(world, prompts_at_once=1, output_dir=world.path / "one", **settings)
+    together, _, _ = drawn(world, prompts_at_once=3, output_dir=world.path / "three", **settings)
+    texts = [sample["completion"] for sample in by_one]
+    assert texts == [sample["completion"] for sample in together] and len(set(texts)) == len(texts) == 12
+    world.pairs({"prompt": "a", "reference_weights": [1, 0]})
+    alone, _, _ = drawn(world, output_dir=world.path / "alone", **settings)
+    assert [sample["completion"] for sample in alone] == texts[:4], "one that occurs once"
+
+
 def test_a_tilt_keeps_by_rejection_or_weighs_and_says_what_it_cost(world: World) -> None:
     reward = {"reward": {"model": "rule:length:characters"}, "beta": 4.0, "proposals": 24}
     plain, _, before = drawn(world, reward=reward["reward"])
@@ -127,7 +140,11 @@ def test_the_pairs_train(world: World) -> None:
     records = load_preferences(file)
     assert len(records) == summary["pairs"]["pairs"] > 0 and summary["files"][2] == "pairs.parquet"
     rewards = {json.dumps([one["prompt"], one["completion"]]): one["reward"] for one in samples}
+    ended = {json.dumps([one["prompt"], one["completion"]]): one["ended"] for one in samples}
+    assert False in ended.values(), "cut at max_new_tokens"
     for record in records:
+        ends = [ended[json.dumps([record.prompt, text])] for text in (record.chosen, record.rejected)]
+        assert [record.chosen_ended, record.rejected_ended] == ends
         chosen, rejected = (rewards[json.dumps([record.prompt, text])] for text in (record.chosen, record.rejected))
         assert chosen >= rejected and (record.chosen_probability == 0.5) == (chosen == rejected)
     trained = world.run(world.train(data=file, max_steps=1))

@@ -24,15 +24,17 @@ def parse(row, **kwargs):
 
 def test_a_row_with_everything():
     row = GOOD | {"chosen_probability": np.float32(0.75), "reference_weights": [0.25, 0.75], "margin": 1, "note": object()}
-    record = parse(row)
+    record = parse(row | {"chosen_ended": False, "rejected_ended": True})
+    assert (record.chosen_ended, record.rejected_ended) == (False, True)
     assert (record.prompt, record.chosen, record.rejected) == ("Q", "yes", "no")
     assert (record.chosen_probability, record.reference_weights, record.margin) == (0.75, (0.25, 0.75), 1.0)
     assert (record.source, record.row) == ("pairs.jsonl", 7)
 
 
 def test_optional_columns_may_be_null_or_absent():
-    record = parse(GOOD | {"chosen_probability": None, "margin": None})
+    record = parse(GOOD | {"chosen_probability": None, "margin": None, "chosen_ended": None})
     assert (record.chosen_probability, record.reference_weights, record.margin) == (None, None, None)
+    assert (record.chosen_ended, record.rejected_ended) == (None, None)
 
 
 def test_an_empty_reply_is_a_reply():
@@ -64,6 +66,8 @@ BAD = [
     ),
     (GOOD | {"chosen": [{"role": "", "content": "yes"}]}, "chosen", "the role of message 1 is empty"),
     (GOOD | {"chosen": "a\ud800"}, "chosen", "character 2 is half of a surrogate pair (U+D800); repair the text"),
+    (GOOD | {"chosen_ended": 1}, "chosen_ended", "is a number, not true or false; say whether the completion ended by itself"),
+    (GOOD | {"rejected_ended": "false"}, "rejected_ended", "is text, not true or false"),
     (GOOD | {"rejected": "yes"}, "rejected", "is identical to chosen; remove the row: it states no preference"),
     (GOOD | {"rejected": [NO]}, "rejected", "is not of one kind with chosen"),
     (GOOD | {"prompt": [USER]}, "prompt", "holds messages while chosen and rejected are text"),

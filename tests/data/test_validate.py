@@ -97,6 +97,18 @@ def test_with_a_tokenizer():
     assert "       1  pairs dropped with no completion left\n" in render_report(report)
 
 
+def test_completions_that_were_cut_when_drawn_are_counted():
+    rows = [
+        GOOD | {"chosen_ended": False, "rejected_ended": False},
+        GOOD | {"chosen_ended": True, "rejected_ended": False},
+        GOOD,
+    ]
+    report = validate_preferences(rows, tokenizer=byte_tokenizer(), max_length=32)
+    assert (report.unended, report.cut, report.dropped) == (3, 0, 0) and report.lengths["rejected"] == (2, 2, 2, 3, 3, 3)
+    assert "       3  completions that were cut when drawn (ended = false)\n" in render_report(report)
+    assert validate_preferences(rows[2:]).unended == 0
+
+
 def test_rows_that_the_tokenizer_refuses_are_collected():
     template = "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no') }}{% endif %}" + CHATML
     rows = [GOOD, GOOD | {"prompt": "bad"}]

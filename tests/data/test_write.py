@@ -17,6 +17,7 @@ from polyref.types import PreferenceRecord
 
 def some_records(prompt_format: str) -> list[PreferenceRecord]:
     rows = pair_rows(5, **auxiliary_columns(2))
+    rows[2] |= {"chosen_ended": False, "rejected_ended": True}
     rows[1] |= {"chosen_probability": 0.1 + 0.2, "prompt": "näïve 果物\u2028?"}
     records = [parse_record(row, source="memory", row_number=i) for i, row in enumerate(rows, 1)]
     return [to_messages(record, prompt_format) for record in records]

@@ -40,15 +40,16 @@ def test_a_share_is_over_annotators(choices: list[str], share: float) -> None:
 
 
 def test_labels_of_the_data_make_no_difference() -> None:
-    records = [replace(record, predicted_probability=0.75) for record in some_records()]
-    turned = [
-        replace(r, chosen=r.rejected, rejected=r.chosen, chosen_probability=0.1, predicted_probability=0.25) for r in records
-    ]
+    said = {"predicted_probability": 0.75, "chosen_ended": False, "rejected_ended": True}
+    records = [replace(record, **said) for record in some_records()]
+    other = {"chosen_probability": 0.1, "predicted_probability": 0.25, "chosen_ended": True, "rejected_ended": False}
+    turned = [replace(r, chosen=r.rejected, rejected=r.chosen, **other) for r in records]
     votes = [vote for i, record in enumerate(records) for vote in votes_on(record, ("first", "second", "tie")[i % 3])]
     assert label_records(records, votes) == label_records(turned, votes)
     for labelled in label_records(records, votes)[0]:
         of_better = 0.75 if records[labelled.row].chosen == labelled.chosen else 0.25
         assert labelled.predicted_probability == of_better
+        assert (labelled.chosen_ended, labelled.rejected_ended) == (of_better == 0.25, of_better == 0.75)
 
 
 def test_what_nobody_decided_is_left_out_and_counted() -> None:

@@ -36,21 +36,21 @@ def test_pairs_survive_the_file_with_labels_weights_and_ends(tmp_path: Path, mon
     some = proposed()
     kept = [accept(row, one, Acceptance(1e9, None, 2, None, 0)) for row, one in zip(ROWS, some, strict=True)]
     with RunFolder(tmp_path / "run", {}) as folder:
-        records, cut, counts = pair(folder.stage("pair-1"), ROWS, some, kept, how())
+        records, counts = pair(folder.stage("pair-1"), ROWS, some, kept, how())
         assert [(one.chosen, one.rejected) for one in records] == [(TEXTS[0][1], TEXTS[0][0]), (" four", "")]
         assert [one.reference_weights for one in records] == [(0.5, 0.5), (1.0, 0.0)]
         assert [one.chosen_probability for one in records] == [pytest.approx(float(torch.tensor(1.0).sigmoid()))] * 2
-        assert list(cut.values()) == [(False, True)] * 2 and [key[1] for key in cut] == [1, 2]
+        assert [(one.chosen_ended, one.rejected_ended) for one in records] == [(True, False)] * 2
         assert counts == {"pairs": 2, "ties": 0, "prompts_without_pairs": 1}
         monkeypatch.setattr(pairing, "make_pairs", lambda *args, **options: pytest.fail("done already"))
-        assert pair(folder.stage("pair-1"), ROWS, some, kept, how()) == (records, cut, counts)
+        assert pair(folder.stage("pair-1"), ROWS, some, kept, how()) == (records, counts)
 
 
 def test_hard_labels_know_ties_and_no_pair_at_all_is_said(tmp_path: Path) -> None:
     some = proposed()
     kept = [accept(row, one, Acceptance(1e9, None, 2, None, 0)) for row, one in zip(ROWS, some, strict=True)]
     with RunFolder(tmp_path / "run", {}) as folder:
-        records, _, counts = pair(folder.stage("ties"), ROWS, some, kept, how(labels="hard", tie_within=1.0))
+        records, counts = pair(folder.stage("ties"), ROWS, some, kept, how(labels="hard", tie_within=1.0))
         assert [one.chosen_probability for one in records] == [0.5, 0.5] and counts["ties"] == 2
         with pytest.raises(DataError, match="none of 3 prompts gives a pair"):
             pair(folder.stage("none"), ROWS, some, kept, how(min_margin=2.0))

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from polyref.data.sources import load_preferences
 from polyref.errors import ConfigError, DataError
 from polyref.labelling import Desk, Vote
 from polyref.labelling.pairs import left_of
 from polyref.loops.label import Paused, by_model, by_person, label
 from polyref.loops.measure import distinct_bigrams, distinct_share
-from polyref.loops.pairing import read_pairs
-from polyref.loops.replay import Pairs, Replay, mixed, offline_pairs
+from polyref.loops.replay import Replay, mixed
 from polyref.loops.uncertain import feature_distances
 from polyref.samplers.pairs import Scored
 from polyref.stages import RunFolder
@@ -23,44 +23,44 @@ from polyref.types import PreferenceRecord, Text
 
 
 def records(source: str, count: int) -> list[PreferenceRecord]:
-    return [PreferenceRecord(f"q{i}", f" good {i}", f" bad {i}", source=source, row=i) for i in range(1, count + 1)]
+    ends = {"chosen_ended": False, "rejected_ended": True}
+    return [PreferenceRecord(f"q{i}", f" good {i}", f" bad {i}", **ends, source=source, row=i) for i in range(1, count + 1)]
 
 
-def part(source: str, count: int) -> Pairs:
-    some = records(source, count)
-    return Pairs(some, {(one.source, one.row): (True, False) for one in some})
+def ends_of(some: Sequence[PreferenceRecord]) -> list[tuple[bool | None, bool | None]]:
+    return [(one.chosen_ended, one.rejected_ended) for one in some]
 
 
 def test_all_rounds_and_all_offline_pairs_are_replayed_unless_told_otherwise() -> None:
-    rounds, offline = [part("one", 3), part("two", 3), part("three", 4)], offline_pairs(records("offline", 20))
+    rounds, offline = [records("one", 3), records("two", 3), records("three", 4)], records("offline", 20)
     every = mixed(rounds, offline, Replay(), seed=0)
-    assert [one.source for one in every.records] == ["offline"] * 20 + ["one"] * 3 + ["two"] * 3 + ["three"] * 4
-    assert every.cut["three", 1] == (True, False) and every.cut["offline", 1] == (False, False)
-    assert [one.source for one in mixed(rounds, offline, Replay(1, 0.3), seed=0).records].count("offline") == 3
-    assert {one.source for one in mixed(rounds, offline, Replay(0), seed=0).records} == {"offline", "three"}
-    halves = [mixed(rounds, offline, Replay(None, 0.5), seed=seed).records[:10] for seed in (0, 0, 1)]
+    assert [one.source for one in every] == ["offline"] * 20 + ["one"] * 3 + ["two"] * 3 + ["three"] * 4
+    assert ends_of(every) == [(False, True)] * 30
+    assert [one.source for one in mixed(rounds, offline, Replay(1, 0.3), seed=0)].count("offline") == 3
+    assert {one.source for one in mixed(rounds, offline, Replay(0), seed=0)} == {"offline", "three"}
+    halves = [mixed(rounds, offline, Replay(None, 0.5), seed=seed)[:10] for seed in (0, 0, 1)]
     assert halves[0] == halves[1] != halves[2] and len({one.row for one in halves[0]}) == 10
-    assert len(mixed(rounds, offline, Replay(None, 0.9), seed=0).records) == 30, "at most all there are"
+    assert len(mixed(rounds, offline, Replay(None, 0.9), seed=0)) == 30, "at most all there are"
     for given in ({"rounds": -1}, {"offline_share": 0.0}, {"offline_share": 1.0}):
         with pytest.raises(ConfigError):
             Replay(**given)  # type: ignore[arg-type]
 
 
 def test_a_models_labels_turn_sides_and_ends_and_leave_out_what_it_does_not_know(tmp_path: Path) -> None:
-    some = part("file", 3)
+    some = records("file", 3)
     with RunFolder(tmp_path / "run", {}) as folder:
         labeller = by_model(lambda pairs: torch.tensor([0.25, 0.75, math.nan], dtype=torch.float64))
-        found, cut, counts = label(folder.stage("label-1"), some.records, some.cut, labeller, 1)
+        found, counts = label(folder.stage("label-1"), some, labeller, 1)
         assert [(one.chosen, one.chosen_probability) for one in found] == [(" bad 1", 0.75), (" good 2", 0.75)]
-        assert list(cut.values()) == [(False, True), (True, False)] and counts == {"pairs": 2, "ties": 0, "unlabelled": 1}
-        again = label(folder.stage("label-1"), some.records, some.cut, lambda *_: pytest.fail("done already"), 1)
-        assert again == (found, cut, counts)
+        assert ends_of(found) == [(True, False), (False, True)] and counts == {"pairs": 2, "ties": 0, "unlabelled": 1}
+        again = label(folder.stage("label-1"), some, lambda *_: pytest.fail("done already"), 1)
+        assert again == (found, counts)
         with pytest.raises(DataError, match="none of 3 pairs of round 2 has a label"):
-            label(folder.stage("label-2"), some.records, some.cut, lambda *_: [], 2)
+            label(folder.stage("label-2"), some, lambda *_: [], 2)
 
 
 def test_people_are_asked_until_all_have_a_vote_and_no_vote_is_lost(tmp_path: Path) -> None:
-    some, asked = part("file", 2), list[int]()
+    some, asked = records("file", 2), list[int]()
 
     def ask(desk: Desk, number: int) -> str:
         asked.append(len(desk.missing()))
@@ -71,11 +71,11 @@ def test_people_are_asked_until_all_have_a_vote_and_no_vote_is_lost(tmp_path: Pa
     labeller = by_person(tmp_path, ask, seed=0, annotator="ann", question="?")
     with RunFolder(tmp_path / "run", {}) as folder:
         with pytest.raises(Paused, match="1 of 2 pairs of round 1 still lack a vote: there"):
-            label(folder.stage("label-1"), some.records, some.cut, labeller, 1)
-        found, cut, _ = label(folder.stage("label-1"), some.records, some.cut, labeller, 1)
+            label(folder.stage("label-1"), some, labeller, 1)
+        found, _ = label(folder.stage("label-1"), some, labeller, 1)
     assert asked == [2, 1] and [one.chosen for one in found] == [" bad 1", " bad 2"], "what sorts first"
-    assert set(cut.values()) == {(False, True)} and [one.chosen_probability for one in found] == [1.0, 1.0]
-    assert read_pairs(tmp_path / "run/stages/label-1/labelled.jsonl")[0] == found
+    assert ends_of(found) == [(True, False)] * 2 and [one.chosen_probability for one in found] == [1.0, 1.0]
+    assert load_preferences(tmp_path / "run/stages/label-1/labelled.jsonl") == found
 
 
 class TwoFeatures:

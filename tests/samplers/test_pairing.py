@@ -45,6 +45,15 @@ def test_each_pairing_takes_the_two_it_names() -> None:
     assert [texts(r) for r in make_pairs([FOUR], closest, seed=0, min_margin=1.6).records] == ["ca"]
 
 
+def test_the_two_of_a_pair_keep_whether_they_ended() -> None:
+    some = replace(FOUR, ended=(True, True, True, False))
+    (hard,) = make_pairs([some], best_worst, seed=0).records
+    assert (hard.chosen, hard.chosen_ended, hard.rejected, hard.rejected_ended) == ("b", True, "d", False)
+    turning = replace(some, completions=("a", "b", "c", "dd"))
+    (soft,) = make_pairs([turning], best_worst, seed=0, preference=Lengths()).records
+    assert (soft.chosen, soft.chosen_ended, soft.rejected, soft.rejected_ended) == ("dd", False, "b", True)
+
+
 def check_shares(pairing: str, scored: Scored, shares: dict[str, float], n: int = 2000) -> None:
     counts = Counter(texts(record) for record in make_pairs([scored] * n, PAIRINGS[pairing], seed=1).records)
     assert counts.keys() == shares.keys()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from polyref.data.prompt_rows import PromptRow
+from polyref.data.prompt_rows import PromptRow, places_among
 from polyref.objectives.metrics import Interval
 from polyref.rewards.functions import from_function
 from polyref.samplers.composed_values import Drawn, Sample
@@ -28,3 +28,11 @@ def test_equal_prompts_have_coins_of_their_own_whatever_stands_around_them() -> 
     together = kept([x, under, x, other, under])
     assert len(together) == 5 == len(set(map(tuple, together))) and all(10 < len(one) < 50 for one in together)
     assert kept([other, under, x]) == [together[3], together[1], together[0]]
+
+
+def test_equal_prompts_have_places_of_their_own_in_whatever_parts_they_are_asked_for() -> None:
+    x, under, other = PromptRow("x", (1.0, 0.0), "f", 1), PromptRow("x", (0.3, 0.7), "f", 2), PromptRow("y", (0.3, 0.7), "f", 3)
+    places = places_among([x, other, under])
+    assert places([x, other, under]) == [0, 0, 1] and places([under]) == [1] and places([other, under, x]) == [0, 1, 0]
+    assert places([under, x, under, under]) == [1, 0, 3, 5], "none that another row has"
+    assert places_among([x])([x, x]) == [0, 1]

@@ -228,6 +228,17 @@ def test_soft_labels_and_margins_enter_the_loss(world: World) -> None:
     assert log_of(trainer, key="rewards/margins") == [pytest.approx(0.0, abs=1e-4)], "rewards are reported without the margin"
 
 
+def test_a_completion_that_was_cut_is_scored_without_an_end_by_policy_and_reference(world: World) -> None:
+    rows = pair_rows(4, chosen_ended=lambda i: i % 2 > 0, rejected_ended=lambda i: i < 2)
+    trainer = world.trainer(rows)
+    data, end = trainer.train_dataset, world.tokenizer.eos_token_id
+    for pair, row in zip(data.pairs, rows, strict=True):
+        assert [ids[-1] == end for ids in pair.tokens.completions] == [row["chosen_ended"], row["rejected_ended"]]
+    scored = policy_logps(trainer, data)
+    assert np.array([pair.anchor for pair in data.pairs]) == pytest.approx(scored, rel=1e-4)
+    assert trainer.evaluate(data)["eval_logps/rejected"] == pytest.approx(scored[:, 1].mean(), rel=1e-4)
+
+
 def test_dr_dpo_takes_the_whole_batch_at_once(world: World) -> None:
     margins = [0.0, 0.5, -1.0, 2.0]
     trainer = world.trainer(pair_rows(4, margin=margins.__getitem__), dr_beta=1.5)

@@ -67,7 +67,8 @@ class World:
         found = []
         for row in rows:
             for name in ("chosen", "rejected"):
-                ids = [*self.tokenizer(row["prompt"] + row[name])["input_ids"], self.tokenizer.eos_token_id]
+                end = [self.tokenizer.eos_token_id] if row.get(f"{name}_ended", True) else []
+                ids = [*self.tokenizer(row["prompt"] + row[name])["input_ids"], *end]
                 with torch.no_grad():
                     found.append(float(trainer.model.eval()(input_ids=torch.tensor([ids])).logits))
         return np.array(found).reshape(-1, 2)
@@ -112,6 +113,15 @@ def test_the_loss_is_the_one_that_is_documented(world: World, centring: float | 
     assert line["rewards/margins"] == pytest.approx(h.mean(), rel=1e-4), "rewards are reported without the margin"
     assert line["rewards/chosen"] == pytest.approx(rewards[:, 0].mean(), rel=1e-4, abs=1e-6)
     assert set(METRICS) <= line.keys()
+
+
+def test_a_completion_that_was_cut_is_read_without_an_end(world: World) -> None:
+    rows = pair_rows(4, chosen_ended=lambda i: i % 2 > 0, rejected_ended=lambda i: i < 1)
+    trainer = world.trainer(rows, rows)
+    predicted = trainer.predict(trainer.eval_dataset).predictions
+    assert predicted == pytest.approx(np.diff(world.rewards(trainer, rows)[:, ::-1], axis=1)[:, 0], rel=1e-4, abs=1e-6)
+    whole = world.trainer(4, 4)
+    assert np.abs(predicted - whole.predict(whole.eval_dataset).predictions).min() > 1e-5, "an end changes a reward"
 
 
 @pytest.mark.parametrize(

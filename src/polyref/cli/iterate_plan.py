@@ -166,7 +166,6 @@ def make_plan(
     from polyref.cli.progress import TrainingProgress
     from polyref.loops.iterate import Plan
     from polyref.loops.pairing import Pairing
-    from polyref.loops.replay import offline_pairs
     from polyref.loops.train import Training
     from polyref.loops.uncertain import feature_distances
     from polyref.samplers.engine import SamplingParameters
@@ -193,7 +192,7 @@ def make_plan(
         ),
         labeller=labeller,
         apart=apart if own.pairing == "farthest" else None,
-        offline=offline_pairs(offline),
+        offline=offline,
         replay=own.replayed,
         anchor=own.moving,
         from_start=own.from_start,

@@ -78,7 +78,8 @@ def make_pairs_of(prompts: Sequence[PromptRow], found: Sequence[tuple[Row, list[
     for row, (_, samples) in zip(prompts, found, strict=True):
         some = [samples[i] for i in _counting_alike(row, samples, own)]
         texts = [one["completion"] if isinstance(row.prompt, str) else tuple(one["completion"]) for one in some]
-        scored.append(Scored(row.prompt, texts, [one["reward"] for one in some], None, row.source, row.row))
+        rewards, ended = [one["reward"] for one in some], [one["ended"] for one in some]
+        scored.append(Scored(row.prompt, texts, rewards, None, row.source, row.row, ended=ended))
     settings: dict[str, Any] = {"pairs": own.pairs, "min_margin": own.min_margin, "tie_within": own.tie_within}
     return make_pairs(scored, PAIRINGS[str(own.pairing)], seed=own.seed, **settings)
 

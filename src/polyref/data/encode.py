@@ -82,26 +82,40 @@ def render_record(record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, 
     Strings are raw text, after the system prompt and a blank line if there is one. Messages go through the chat template, the
     prompt with its generation prompt; the system prompt becomes the first message. Errors: `ReferenceSetError` where the
     record has a system message already; `RowError` where the template refuses its messages; `ModelError` where there is no
-    template, or it leaves the system prompt out.
+    template, or it leaves the system prompt out. A completion that has not ended is rendered without its end.
     """
     place: dict[str, Any] = {"source": record.source, "row": record.row}
-    completions = (record.chosen, record.rejected, *auxiliary_completions(record))
-    uncut = (False,) * len(completions[2:])
     prompt = render_prompt(record.prompt, tokenizer, system_prompt, **place)
-    if isinstance(record.prompt, str):
-        chosen, rejected, *auxiliary = (f"{prompt}{completion}" for completion in completions)
-        return Rendering(prompt, chosen, rejected, chat=False, auxiliary=tuple(auxiliary), auxiliary_cut=uncut)
-    messages = _with_system(record.prompt, system_prompt)
-    chosen, rejected, *auxiliary = (render_turn(messages, cast(Turns, turns), tokenizer, **place) for turns in completions)
-    return Rendering(prompt, chosen, rejected, chat=True, auxiliary=tuple(auxiliary), auxiliary_cut=uncut)
+    texts = (record.chosen, record.rejected, *auxiliary_completions(record))
+    ends = (record.chosen_ended is not False, record.rejected_ended is not False, *(True,) * len(texts[2:]))
+    chosen, rejected, *auxiliary = (
+        render_whole(record.prompt, prompt, text, tokenizer, system_prompt, ended=ended, **place)
+        for text, ended in zip(texts, ends, strict=True)
+    )
+    cuts, chat = tuple(not ended for ended in ends), not isinstance(record.prompt, str)
+    return Rendering(prompt, chosen, rejected, chat, cuts[0], cuts[1], tuple(auxiliary), cuts[2:])
 
 
-def render_turn(
-    messages: Sequence[Message], turn: Turns, tokenizer: PreTrainedTokenizerBase, *, source: str = "memory", row: int = 0
+def render_whole(
+    prompt: Text,
+    rendered: str,
+    completion: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None = None,
+    *,
+    ended: bool = True,
+    source: str = "memory",
+    row: int = 0,
 ) -> str:
-    """What the chat template writes of `messages` and the assistant's `turn` after them, with the errors of `render_record`."""
-    place = {"source": source, "row": row}
-    return _apply_template(tokenizer, [*messages, *turn], place, add_generation_prompt=False)
+    """Prompt and completion as the model reads them, `rendered` being the prompt alone, with the errors of `render_record`.
+
+    One that has not `ended` follows the prompt as it was drawn, without a last character that its tokens spell in part.
+    """
+    if ended and not isinstance(prompt, str):
+        messages, place = [*_with_system(prompt, system_prompt), *cast(Turns, completion)], {"source": source, "row": row}
+        return _apply_template(tokenizer, messages, place, add_generation_prompt=False)
+    text = completion if isinstance(completion, str) else completion[0]["content"]
+    return rendered + (text if ended else text.rstrip("\ufffd") or text)
 
 
 def render_prompt(

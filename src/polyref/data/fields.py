@@ -77,6 +77,12 @@ def read_margin(value: object) -> float | None:
     return None if value is None else read_number(value)
 
 
+def read_ended(value: object) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise Refusal(f"is {kind(value)}, not true or false", "say whether the completion ended by itself")
+    return value
+
+
 def read_probability(value: object) -> float | None:
     if value is None:
         return None
@@ -152,6 +158,8 @@ READERS: dict[str, Callable[[object], Any]] = {
     "chosen_probability": read_probability,
     "reference_weights": read_weights,
     "margin": read_margin,
+    "chosen_ended": read_ended,
+    "rejected_ended": read_ended,
     "predicted_probability": read_prediction,
     "auxiliary_1": read_texts,
     "auxiliary_2": read_texts,

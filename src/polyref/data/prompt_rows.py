@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,33 @@ def load_prompts(
     if not found:
         raise DataError("there are no rows", where=source_name(source), fix="give data with at least one prompt")
     return list(found.values())
+
+
+def places_among(prompts: Sequence[PromptRow]) -> Callable[[Sequence[PromptRow]], list[int]]:
+    """For some of the rows `prompts`: the place of each among those with its prompt, 0 where it is the only one.
+
+    It tells the randomness of equal prompts apart (under other weights, or on other rows), whichever rows are asked for
+    together. A row that is asked for twice at once gets a place that no other has.
+    """
+    rows: dict[str, list[Hashable]] = {}
+    for row in prompts:
+        own = rows.setdefault(prompt_key(row.prompt), [])
+        if _identity(row) not in own:
+            own.append(_identity(row))
+
+    def places(some: Sequence[PromptRow]) -> list[int]:
+        seen, found = Counter[tuple[str, Hashable]](), list[int]()
+        for row in some:
+            key, own = prompt_key(row.prompt), _identity(row)
+            found.append(rows[key].index(own) + len(rows[key]) * seen[key, own])
+            seen[key, own] += 1
+        return found
+
+    return places
+
+
+def _identity(row: PromptRow) -> Hashable:
+    return row.reference_weights, row.source, row.row
 
 
 def _record(row: Row, columns: Mapping[str, str] | None) -> PreferenceRecord:

@@ -126,6 +126,12 @@ def _one_turn(role: str, text: object) -> tuple[Message, ...]:
     return ({"role": role, "content": str(text)},)
 
 
+def turned(record: PreferenceRecord) -> PreferenceRecord:
+    """`record` with chosen and rejected exchanged, their texts and their ends; what it says of its label stays as it is."""
+    texts = {"chosen": record.rejected, "rejected": record.chosen}
+    return replace(record, **texts, chosen_ended=record.rejected_ended, rejected_ended=record.chosen_ended)
+
+
 def record_to_row(record: PreferenceRecord) -> dict[str, Any]:
     """The row that `parse_record` reads `record` from, without the optional columns it does not set."""
     texts = {field: text if isinstance(text, str) else list(text) for field, text in _texts(record)}
@@ -133,6 +139,8 @@ def record_to_row(record: PreferenceRecord) -> dict[str, Any]:
         "chosen_probability": record.chosen_probability,
         "reference_weights": list(record.reference_weights) if record.reference_weights is not None else None,
         "margin": record.margin,
+        "chosen_ended": record.chosen_ended,
+        "rejected_ended": record.rejected_ended,
         "predicted_probability": record.predicted_probability,
         **{name: [text if isinstance(text, str) else list(text) for text in texts] for name, texts in _auxiliary(record)},
         "auxiliary_probability": list(record.auxiliary_probability) if record.auxiliary_probability is not None else None,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from polyref.data.encode import Encoder, Ids, Turns, common_start, render_prompt, render_turn
+from polyref.data.encode import Encoder, Ids, common_start, render_prompt, render_whole
 from polyref.data.records import RowError
 from polyref.data.samples import SampleRecord, samples_by_prompt
 from polyref.data.truncate import check_truncation, prompt_and_room
@@ -64,7 +64,10 @@ def _encoded(samples: Sequence[SampleRecord], encoder: Encoder) -> tuple[Ids, tu
     """Token ids of the one prompt of `samples`, up to where all texts still agree with it, and of what comes after it."""
     first, tokenizer = samples[0], encoder.tokenizer
     text = render_prompt(first.prompt, tokenizer, source=first.source, row=first.row)
-    wholes = [_whole(sample, text, tokenizer) for sample in samples]
+    wholes = [
+        render_whole(one.prompt, text, one.completion, tokenizer, ended=one.ended, source=one.source, row=one.row)
+        for one in samples
+    ]
     chat, cuts = not isinstance(first.prompt, str), [not sample.ended for sample in samples]
     prompt, ids = encoder.encode_texts(text, wholes, cuts, chat=chat)
     boundary = min(common_start(prompt, whole) for whole in ids)
@@ -77,16 +80,6 @@ def _encoded(samples: Sequence[SampleRecord], encoder: Encoder) -> tuple[Ids, tu
             what, fix = "holds no token", "remove the row, or use a tokenizer with an end-of-sequence token"
             raise RowError(what, source=sample.source, row=sample.row, column="completion", fix=fix)
     return prompt[:boundary], tuple(whole[boundary:] for whole in ids)
-
-
-def _whole(sample: SampleRecord, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Prompt and completion as the model reads them; a cut completion follows the prompt as it was drawn."""
-    if sample.ended and not isinstance(sample.prompt, str):
-        return render_turn(sample.prompt, cast(Turns, sample.completion), tokenizer, source=sample.source, row=sample.row)
-    text = sample.completion if isinstance(sample.completion, str) else sample.completion[0]["content"]
-    if not sample.ended:
-        text = text.rstrip("\ufffd") or text  # a last character that its tokens spell in part
-    return prompt + text
 
 
 def _shares(samples: Sequence[SampleRecord]) -> tuple[float, ...]:

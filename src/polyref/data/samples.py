@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from polyref.data.fields import Refusal, kind, read_number, read_text
+from polyref.data.fields import Refusal, kind, read_ended, read_number, read_text
 from polyref.data.files import Row
 from polyref.data.records import RowError, to_messages
 from polyref.data.sources import prompt_key, read_rows, source_name
@@ -136,9 +136,7 @@ def _record(row: Row, names: Mapping[str, str], weight: str | None) -> SampleRec
             field = weight
             values["log_weight"] = _log_weight(weight, row.value[names[weight]])
         field = "ended"
-        ended = row.value.get(names["ended"], True)
-        if not isinstance(ended, bool):
-            raise Refusal(f"is {kind(ended)}, not true or false", "say whether the completion ended by itself")
+        ended = read_ended(row.value.get(names["ended"])) is not False
         field = "prompt"
         if isinstance(values["prompt"], str) and not values["prompt"].strip():
             raise Refusal("is empty", "fill it in or remove the row")

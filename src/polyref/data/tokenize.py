@@ -50,13 +50,14 @@ class TokenizedPreferences:
 def tokenize_record(
     record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None = None
 ) -> TokenizedPair:
-    """The token ids of one pair, uncut; prompt + completion are always the tokens of the whole text.
+    """The token ids of one pair at its full length; prompt + completion are always the tokens of the whole text.
 
     Strings: the tokenizer's opening special tokens (BOS), the text, and its EOS after each completion. Messages: what the chat
-    template writes, up to the end of the assistant's turn. `system_prompt` goes first: as text and a blank line, or as a
-    message. Where the prompt's own tokens do not begin every whole text (a token spans the boundary, or the template writes
-    the prompt otherwise), the boundary moves back to the last token that all of them share: what is scored is then the exact
-    likelihood of everything after it. Errors: `RowError` where no token is left before it, and those of `render_record`.
+    template writes, up to the end of the assistant's turn. A completion that has not ended gets no end. `system_prompt` goes
+    first: as text and a blank line, or as a message. Where the prompt's own tokens do not begin every whole text (a token spans
+    the boundary, or the template writes the prompt otherwise), the boundary moves back to the last token that all of them
+    share: what is scored is then the exact likelihood of everything after it. Errors: `RowError` where no token is left before
+    it, and those of `render_record`.
     """
     (encoding,) = _encode([record], tokenizer, system_prompt)
     return encoding.split(checked_boundary(encoding, record))

@@ -44,10 +44,10 @@ class ValidationReport:
 
     `rows`: rows read, by split; `pairs` and `prompts`: usable pairs and distinct prompts, by split. `duplicates` repeat an
     earlier pair; `reversals` repeat an earlier pair with chosen and rejected exchanged. `ties` have a `chosen_probability` of
-    1/2; `empty_replies` an empty or blank completion; `identical` rows, unusable, one reply twice. `shared_prompts` counts
-    prompts in more than one split. `lengths[what]` holds the length at each of `QUANTILES`, in `unit`. With a tokenizer:
-    `moved_boundaries` (see `tokenize_record`), and `special_texts`, pairs whose own text spells special tokens; with
-    `max_length` too, `cut` and `dropped` count pairs.
+    1/2; `empty_replies` an empty or blank completion; `identical` rows, unusable, one reply twice. `unended` counts completions
+    that were cut when drawn; `shared_prompts` prompts in more than one split. `lengths[what]` holds the length at each of
+    `QUANTILES`, in `unit`. With a tokenizer: `moved_boundaries` (see `tokenize_record`), and `special_texts`, pairs whose own
+    text spells special tokens; with `max_length` too, `cut` and `dropped` count pairs.
     """
 
     rows: dict[str, int]
@@ -58,6 +58,7 @@ class ValidationReport:
     identical: int
     ties: int
     empty_replies: int
+    unended: int
     shared_prompts: int
     unit: str
     lengths: dict[str, tuple[int, ...]]
@@ -173,6 +174,7 @@ class _Tally:
         self.counts["reversals"] += (prompt, rejected, chosen) in self.seen
         self.counts["ties"] += record.chosen_probability == 0.5
         self.counts["empty_replies"] += not (_text(record.chosen).strip() and _text(record.rejected).strip())
+        self.counts["unended"] += (record.chosen_ended, record.rejected_ended).count(False)
         self.seen.add((prompt, chosen, rejected))
         self.prompts[split].add(prompt)
 
@@ -204,6 +206,7 @@ class _Tally:
             identical=counts["identical"],
             ties=counts["ties"],
             empty_replies=counts["empty_replies"],
+            unended=counts["unended"],
             shared_prompts=sum(count > 1 for count in times.values()),
             unit="tokens" if tokens else "characters",
             lengths={what: _quantiles(lengths) for what, lengths in self.lengths.items()},

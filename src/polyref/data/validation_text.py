@@ -36,6 +36,7 @@ def _counts(report: ValidationReport) -> list[tuple[str, int | None]]:
         ("identical pairs (chosen = rejected)", report.identical),
         ("ties (chosen_probability = 0.5)", report.ties),
         ("pairs with an empty reply", report.empty_replies),
+        ("completions that were cut when drawn (ended = false)", report.unended),
         ("prompts in more than one split", report.shared_prompts if len(report.rows) > 1 else None),
         ("pairs whose text spells special tokens", report.special_texts),
         ("pairs whose boundary moved into the prompt", report.moved_boundaries),

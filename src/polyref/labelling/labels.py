@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from polyref.data.records import turned
 from polyref.labelling.pairs import pair_of
 from polyref.labelling.votes import Vote
 from polyref.rewards.votes import vote_share
@@ -33,9 +34,8 @@ def label_records(records: Sequence[PreferenceRecord], votes: Iterable[Vote]) ->
         pair = pair_of(record)
         if (share := found.get(pair.id)) is None:
             continue
-        chosen, rejected = (pair.first, pair.second) if share >= 1 / 2 else (pair.second, pair.first)
-        g = record.predicted_probability
-        turned = g if g is None or chosen == record.chosen else 1 - g
-        sides = replace(record, chosen=chosen, rejected=rejected, chosen_probability=max(share, 1 - share))
-        labelled.append(replace(sides, margin=None, predicted_probability=turned))
+        chosen, g = pair.first if share >= 1 / 2 else pair.second, record.predicted_probability
+        if chosen != record.chosen:
+            record = replace(turned(record), predicted_probability=None if g is None else 1 - g)
+        labelled.append(replace(record, chosen_probability=max(share, 1 - share), margin=None))
     return labelled, len(records) - len(labelled)

@@ -81,7 +81,8 @@ def open_agent(agent: Agent, cast: Cast, prompts: Sequence[PromptRow], seed: int
         if agent.who in known:
             options: dict[str, Any] = {"batch_size": cast.batch_size, "seed": seed}
             policy = cast.policies[known[agent.who]]
-            return from_policy(policy, cast.tokenizer, agent.n, agent.parameters, system_prompt=agent.system_prompt, **options)
+            options["system_prompt"] = agent.system_prompt
+            return from_policy(policy, cast.tokenizer, prompts, agent.n, agent.parameters, **options)
         how = Drawing(agent.n, agent.n, agent.parameters, "auto", None, cast.batch_size, seed)
         if agent.who == "references":
             return from_references(cast.references, prompts, how)

@@ -133,7 +133,7 @@ def _pairs(
     number: int,
 ) -> Row:
     """Draw, score, pair and label: the round's pairs are added to `pairs`, its outputs to `outputs`; returns its counts."""
-    earlier = [record for one in (plan.offline, *pairs) for record in one.records]
+    earlier = [record for one in (plan.offline, *pairs) for record in one]
     main = _draw(folder, plan, plan.main, policies, prompts, outputs, "generate", number)
     kept, groups, proposed = [staying(one, plan.main) for one in main], None, main
     if plan.enhancer is not None:
@@ -146,14 +146,14 @@ def _pairs(
         refuse_flat(proposed, number)
     stage = folder.stage(f"pair-{number}", outputs)
     how, apart = replace(plan.pairing, seed=_seed(plan, "pair", number)), plan.apart(earlier) if plan.apart else None
-    records, cut, told = pair(stage, prompts, proposed, [_kept(some) for some in kept], how, groups=groups, apart=apart)
+    records, told = pair(stage, prompts, proposed, [_kept(some) for some in kept], how, groups=groups, apart=apart)
     outputs |= stage.outputs
     if plan.labeller is not None:
         stage = folder.stage(f"label-{number}", outputs)
-        records, cut, labelled = label(stage, records, cut, plan.labeller, number)
+        records, labelled = label(stage, records, plan.labeller, number)
         outputs |= stage.outputs
         told |= labelled
-    pairs.append(Pairs(records, cut))
+    pairs.append(records)
     return counts | told
 
 
@@ -188,13 +188,13 @@ def _train(
 ) -> tuple[Policy, Row]:
     """The policy of round `number`, trained on what `replay` takes, from the one before or from the start."""
     policy = policies[0] if plan.from_start else policies[-1]
-    records, cut = mixed(pairs, plan.offline, plan.replay, seed=_seed(plan, "offline", number))
+    records = mixed(pairs, plan.offline, plan.replay, seed=_seed(plan, "offline", number))
     fixed = plan.anchor.kind == "references"
     own = not fixed and policy is policies[-1] and (number == 1 or plan.anchor.kind == "previous")
     at: Start = "anchor" if own else "unknown" if fixed and policy is policies[0] else "moved"
     stage, how = folder.stage(f"train-{number}", outputs), replace(plan.training, references=anchor)
     some = under(anchor, plan.references, records)
-    policy, about = train(folder, stage, dict(outputs), policy, some, cut, plan.beta, how, number, at=at)
+    policy, about = train(folder, stage, dict(outputs), policy, some, plan.beta, how, number, at=at)
     outputs |= stage.outputs
     return policy, about
 
@@ -215,7 +215,7 @@ def _evaluate(
     references, rows = with_anchor(plan.references, anchor, prompts)
 
     def open_draw() -> Draw:
-        draw = from_policy(policy, plan.model, plan.eval_completions, plan.parameters, scored=(references, rows), **options)
+        draw = from_policy(policy, plan.model, rows, plan.eval_completions, plan.parameters, scored=references, **options)
         return lambda some: draw(with_anchor(plan.references, anchor, some)[1])
 
     drawn = generate(stage, prompts, open_draw, plan.open_rewards, prompts_at_once=plan.prompts_at_once, progress=plan.progress)

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polyref.data.records import record_to_row
-from polyref.data.write import write_rows
+from polyref.data.records import turned
+from polyref.data.sources import load_preferences
+from polyref.data.write import write_preferences
 from polyref.errors import DataError
 from polyref.files import write_bytes
 from polyref.labelling import Desk, Votes, label_records, pairs_of
-from polyref.loops.pairing import Cut, read_pairs
 from polyref.rewards.cross_fit import Comparison
 from polyref.stages import Stage
 from polyref.types import PreferenceRecord
@@ -27,26 +27,20 @@ class Paused(Exception):
 
 
 def label(
-    stage: Stage, records: Sequence[PreferenceRecord], cut: Cut, labeller: Labeller, number: int
-) -> tuple[list[PreferenceRecord], Cut, dict[str, Any]]:
+    stage: Stage, records: Sequence[PreferenceRecord], labeller: Labeller, number: int
+) -> tuple[list[PreferenceRecord], dict[str, Any]]:
     """The pairs of round `number` as `labeller` labels them, in `stage`'s labelled.jsonl. DataError where none has a label."""
     file, counts = stage.folder / "labelled.jsonl", stage.folder / "counts.json"
     if not stage.done:
         found = labeller(records, number)
         if not found:
             raise DataError(f"none of {len(records)} pairs of round {number} has a label", fix="label them, or draw others")
-        before = {(one.source, one.row): one for one in records}
-        rows = []
-        for one in found:
-            turned = one.chosen != before[one.source, one.row].chosen
-            ends = cut[one.source, one.row][::-1] if turned else cut[one.source, one.row]
-            rows.append(record_to_row(one) | {"chosen_ended": not ends[0], "rejected_ended": not ends[1]})
-        write_rows(file, rows)
+        write_preferences(file, found)
         ties = sum(one.chosen_probability == 0.5 for one in found)
         told = {"pairs": len(found), "ties": ties, "unlabelled": len(records) - len(found)}
         write_bytes(counts, json.dumps(told).encode())
         stage.finish([file, counts])
-    return *read_pairs(file), json.loads(counts.read_text())
+    return load_preferences(file), json.loads(counts.read_text())
 
 
 def by_model(ask: Callable[[Sequence[Comparison]], Any]) -> Labeller:
@@ -55,15 +49,10 @@ def by_model(ask: Callable[[Sequence[Comparison]], Any]) -> Labeller:
     def labelled(records: Sequence[PreferenceRecord], number: int) -> list[PreferenceRecord]:
         asked = [Comparison(one.prompt, one.chosen, one.rejected) for one in records]
         rows = zip(records, ask(asked).tolist(), strict=True)
-        return [_turned(one, p) for one, p in rows if p == p]
+        sides = [(one, p) if p >= 0.5 else (turned(one), 1 - p) for one, p in rows if p == p]
+        return [replace(one, chosen_probability=p, margin=None) for one, p in sides]
 
     return labelled
-
-
-def _turned(one: PreferenceRecord, p: float) -> PreferenceRecord:
-    if p >= 0.5:
-        return replace(one, chosen_probability=p, margin=None)
-    return replace(one, chosen=one.rejected, rejected=one.chosen, chosen_probability=1 - p, margin=None)
 
 
 def by_person(folder: Path, ask: Callable[[Desk, int], str], *, seed: int, annotator: str, question: str) -> Labeller:

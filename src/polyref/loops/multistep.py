@@ -89,10 +89,10 @@ def multistep(
         kept = accept_all(prompts, proposed, how, step)
         row |= _kept(kept, plan)
         stage = folder.stage(f"pair-{step}", outputs)
-        records, cut, counts = pair(stage, prompts, proposed, kept, plan.pairing)
+        records, counts = pair(stage, prompts, proposed, kept, plan.pairing)
         outputs = inputs | stage.outputs
         stage = folder.stage(f"train-{step}", outputs)
-        policy, about = train(folder, stage, outputs, policy, records, cut, beta, plan.training, step)
+        policy, about = train(folder, stage, outputs, policy, records, beta, plan.training, step)
         outputs = inputs | stage.outputs
         _, told = _evaluate(folder, plan, policy, judged, start, outputs, step)
         rows.append(row | counts | about | told)
@@ -123,8 +123,8 @@ def _propose(
         if step == 1:
             return from_references(plan.references, prompts, how)
         options: Row = {"batch_size": plan.batch_size, "seed": seed}
-        options["scored"] = (plan.references, prompts) if plan.correct else None
-        return from_policy(policy, plan.model, plan.proposals, plan.parameters, **options)
+        options["scored"] = plan.references if plan.correct else None
+        return from_policy(policy, plan.model, prompts, plan.proposals, plan.parameters, **options)
 
     options: Row = {"prompts_at_once": plan.prompts_at_once, "progress": plan.progress}
     proposed = generate(stage, prompts, open_draw, lambda: plan.open_rewards()[:1], **options)
@@ -142,10 +142,10 @@ def _evaluate(
 ) -> tuple[list[Proposed], Row]:
     """Completions of `policy` as it is after `step`, drawn with the same randomness at every step, and what they say."""
     stage, seed = folder.stage(f"evaluate-{step}", inputs), _seed(plan, "evaluate", 0)
-    options: Row = {"batch_size": plan.batch_size, "seed": seed, "scored": (plan.references, prompts)}
+    options: Row = {"batch_size": plan.batch_size, "seed": seed, "scored": plan.references}
 
     def open_draw() -> Draw:
-        return from_policy(policy, plan.model, plan.eval_completions, plan.parameters, **options)
+        return from_policy(policy, plan.model, prompts, plan.eval_completions, plan.parameters, **options)
 
     drawn = generate(stage, prompts, open_draw, plan.open_rewards, prompts_at_once=plan.prompts_at_once, progress=plan.progress)
     return drawn, evaluated(prompts, drawn, start if start is not None else drawn, plan.references, seed=plan.seed)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from polyref.data.prompt_rows import PromptRow
-from polyref.data.records import record_to_row
 from polyref.data.sources import load_preferences, prompt_key
-from polyref.data.write import write_rows
+from polyref.data.write import write_preferences
 from polyref.files import write_bytes
 from polyref.loops.generate import Proposed
 from polyref.rewards.functions import NamedReward
@@ -25,10 +23,6 @@ from polyref.samplers.pairs import Scored, make_pairs
 from polyref.samplers.tilt import Kept
 from polyref.stages import Stage
 from polyref.types import PreferenceRecord, Text
-
-Cut = Mapping[tuple[str, int], tuple[bool, bool]]
-"""By source and row of a record whether its chosen and its rejected completion were cut: neither has an end."""
-
 
 Apart = Callable[[Sequence[Scored]], Sequence[Floats]]
 """How far the completions of each prompt are from each other, (n, n): what the pairing farthest goes by."""
@@ -55,8 +49,8 @@ def pair(
     *,
     groups: Sequence[Sequence[int]] | None = None,
     apart: Apart | None = None,
-) -> tuple[list[PreferenceRecord], Cut, dict[str, Any]]:
-    """The pairs, in `stage`'s pairs.jsonl, which of their completions were cut, and what they were made from.
+) -> tuple[list[PreferenceRecord], dict[str, Any]]:
+    """The pairs, in `stage`'s pairs.jsonl, each with the weights of its prompt, and what they were made from.
 
     With `groups`, who made each proposal of a prompt, no pair is of one group alone. DataError where there is no pair.
     """
@@ -70,49 +64,21 @@ def pair(
         settings: dict[str, Any] = {"pairs": how.pairs, "min_margin": how.min_margin, "tie_within": how.tie_within}
         pairing = farthest if how.name == "farthest" else PAIRINGS[how.name]
         found = make_pairs(scored, pairing, seed=how.seed, preference=preference, **settings)
-        write_rows(pairs, _rows(found.records, prompts, proposed))
+        weights = {(row.source, row.row): row.reference_weights for row in prompts}
+        write_preferences(pairs, [replace(one, reference_weights=weights[one.source, one.row]) for one in found.records])
         told = {"pairs": len(found.records), "ties": found.ties, "prompts_without_pairs": len(found.without)}
         write_bytes(counts, json.dumps(told).encode())
         stage.finish([pairs, counts])
-    return *read_pairs(pairs), json.loads(counts.read_text())
-
-
-def read_pairs(file: Path) -> tuple[list[PreferenceRecord], Cut]:
-    """The pairs in `file`, and which of their completions were cut."""
-    records = load_preferences(file)
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]  # texts hold other line ends
-    cut = {
-        (record.source, record.row): (not row["chosen_ended"], not row["rejected_ended"])
-        for record, row in zip(records, rows, strict=True)
-    }
-    return records, cut
-
-
-def _rows(
-    records: Sequence[PreferenceRecord], prompts: Sequence[PromptRow], proposed: Sequence[Proposed]
-) -> list[dict[str, Any]]:
-    """`records` as rows, with the weights of their prompts, and whether each completion ended."""
-    weights = {(row.source, row.row): row.reference_weights for row in prompts}
-    ended = {
-        (prompt_key(row.prompt), prompt_key(as_completion(row.prompt, proposal.text))): proposal.ended
-        for row, one in zip(prompts, proposed, strict=True)
-        for proposal in one.proposals
-    }
-
-    def row_of(one: PreferenceRecord) -> dict[str, Any]:
-        prompt = prompt_key(one.prompt)
-        ends = {f"{side}_ended": ended[prompt, prompt_key(getattr(one, side))] for side in ("chosen", "rejected")}
-        return record_to_row(replace(one, reference_weights=weights[one.source, one.row])) | ends
-
-    return [row_of(one) for one in records]
+    return load_preferences(pairs), json.loads(counts.read_text())
 
 
 def _scored(row: PromptRow, one: Proposed, kept: Kept | None, groups: Sequence[int] | None) -> Scored:
     indices = [] if kept is None else kept.indices.tolist()
     some = [one.proposals[i] for i in indices]
     texts = [as_completion(row.prompt, proposal.text) for proposal in some]
-    rewards, who = [proposal.rewards[0] for proposal in some], None if groups is None else [groups[i] for i in indices]
-    return Scored(row.prompt, texts, rewards, None, row.source, row.row, groups=who)
+    rewards, ended = [proposal.rewards[0] for proposal in some], [proposal.ended for proposal in some]
+    who = None if groups is None else [groups[i] for i in indices]
+    return Scored(row.prompt, texts, rewards, None, row.source, row.row, groups=who, ended=ended)
 
 
 def _known(scored: Sequence[Scored]) -> NamedReward:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
-from polyref.data.prompt_rows import PromptRow
+from polyref.data.prompt_rows import PromptRow, places_among
 from polyref.data.tokenize import tokenizer_fingerprint
 from polyref.loops.generate import Draw, Proposal, Proposed
 from polyref.references.compose import COMPOSITIONS
 from polyref.references.reference_set import ReferenceSet
-from polyref.samplers.engine import Completion, SamplingParameters
+from polyref.samplers.engine import Completion, Engine, SamplingParameters
 from polyref.samplers.local import LocalEngine
 from polyref.samplers.members import Member, Members, load_members
 from polyref.samplers.members_scores import member_logps
@@ -69,36 +70,50 @@ def from_references(references: ReferenceSet, prompts: Sequence[PromptRow], how:
 def from_policy(
     policy: Policy,
     tokenizer_source: ModelSource,
+    prompts: Sequence[PromptRow],
     n: int,
     parameters: SamplingParameters,
     *,
     batch_size: int,
     seed: int,
-    scored: tuple[ReferenceSet, Sequence[PromptRow]] | None = None,
+    scored: ReferenceSet | None = None,
     system_prompt: str | None = None,
 ) -> Draw:
     """`n` proposals of each prompt from `policy`, read by the tokenizer at `tokenizer_source`, under a `system_prompt` or none.
 
-    With `scored`, references and all prompts, proposals carry their log-probabilities under these: of the very tokens where the
-    tokenizer is the policy's, else of the text, as a completion that ended.
+    `prompts` are all there are. With `scored`, references, proposals carry their log-probabilities under these: of the very
+    tokens where the tokenizer is the policy's, else of the text, as a completion that ended.
     """
     tokenizer = load_tokenizer(tokenizer_source)
     model = policy.load().to(default_device()).eval()
     engine = LocalEngine(model, tokenizer, system_prompt=system_prompt, batch_size=batch_size, name="policy")
     own = tokenizer_fingerprint(tokenizer)
-    members = None if scored is None else load_members(pooled(*scored))
+    members = None if scored is None else load_members(pooled(scored, prompts))
+    places = places_among(prompts)
 
     def draw(some: Sequence[PromptRow]) -> list[Proposed]:
-        drawn = engine([row.prompt for row in some], n, parameters, seed=seed)
+        drawn = _drawn(engine, some, places(some), n, parameters, seed)
         logps: list[list[tuple[float | None, ...]]] = [[()] * n for _ in some]
         if members is not None and scored is not None:
-            logps = _reference_logps(members, scored[0], some, drawn, own, batch_size)
+            logps = _reference_logps(members, scored, some, drawn, own, batch_size)
         return [
             Proposed(tuple(map(_proposal, completions, rows)), n, sum(len(one.token_ids) for one in completions))
             for completions, rows in zip(drawn, logps, strict=True)
         ]
 
     return draw
+
+
+def _drawn(
+    engine: Engine, rows: Sequence[PromptRow], places: Sequence[int], n: int, parameters: SamplingParameters, seed: int
+) -> list[list[Completion]]:
+    """`n` completions of each prompt, those in another place among equal prompts by another seed."""
+    found: dict[int, list[Completion]] = {}
+    for place in sorted(set(places)):
+        some = [i for i, own in enumerate(places) if own == place]
+        own = seed if place == 0 else xxhash.xxh3_64_intdigest(f"{seed} {place}".encode()) >> 1
+        found |= zip(some, engine([rows[i].prompt for i in some], n, parameters, seed=own), strict=True)
+    return [found[i] for i in range(len(rows))]
 
 
 def _proposal(one: Completion, logps: tuple[float | None, ...]) -> Proposal:

@@ -5,20 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from polyref.errors import ConfigError
-from polyref.loops.pairing import Cut
 from polyref.types import PreferenceRecord
 
-
-class Pairs(NamedTuple):
-    """Preference pairs, and which of their completions were cut."""
-
-    records: Sequence[PreferenceRecord]
-    cut: Cut
+Pairs = Sequence[PreferenceRecord]
+"""The pairs of a round, or offline ones."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +31,16 @@ class Replay:
             )
 
 
-def offline_pairs(records: Sequence[PreferenceRecord]) -> Pairs:
-    """`records` that nothing was drawn for: no completion was cut."""
-    return Pairs(records, {(record.source, record.row): (False, False) for record in records})
-
-
-def mixed(rounds: Sequence[Pairs], offline: Pairs, how: Replay, *, seed: int) -> Pairs:
+def mixed(rounds: Sequence[Pairs], offline: Pairs, how: Replay, *, seed: int) -> list[PreferenceRecord]:
     """The pairs that the last of `rounds` trains on: offline ones first, then rounds in their order.
 
     Of a share s of n online pairs, s n / (1 - s) offline pairs are drawn without replacement by `seed`, at most all.
     """
     first = 0 if how.rounds is None else max(0, len(rounds) - 1 - how.rounds)
-    online = [record for one in rounds[first:] for record in one.records]
-    cut = {key: value for one in (offline, *rounds[first:]) for key, value in one.cut.items()}
-    chosen = list(offline.records)
+    online = [record for one in rounds[first:] for record in one]
+    chosen = list(offline)
     if how.offline_share is not None:
         wanted = math.floor(how.offline_share * len(online) / (1 - how.offline_share) + 0.5)
         places = np.random.default_rng(seed).permutation(len(chosen))[:wanted]
         chosen = [chosen[i] for i in sorted(places.tolist())]
-    return Pairs([*chosen, *online], cut)
+    return [*chosen, *online]

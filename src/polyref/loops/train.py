@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import TrainerCallback
 
-from polyref.data.tokenize import TokenizedPreferences
 from polyref.files import write_bytes
 from polyref.loops.generate import Progress
-from polyref.loops.pairing import Cut
 from polyref.loops.policies import Policy
 from polyref.references.reference_set import ReferenceSet
 from polyref.scoring.models import ModelSource, load_tokenizer
@@ -21,40 +19,24 @@ from polyref.stages import RunFolder, Stage
 from polyref.training.checkpoints import save_policy
 from polyref.training.config import PreferenceConfig
 from polyref.training.course import metrics_writer, train_and_evaluate
-from polyref.training.dataset import ScoredPairs
 from polyref.training.preference_trainer import PreferenceTrainer
-from polyref.types import PreferenceRecord, TokenizedPair
+from polyref.types import PreferenceRecord
 
 Start = Literal["unknown", "moved", "anchor"]
 """Where a policy stands before a training: as the trainer finds, away from its references, or at them."""
 
 
-class DrawnPairsTrainer(PreferenceTrainer):
-    """A `PreferenceTrainer` on pairs that were drawn: completions that are `cut` are atoms without an end, scored as such.
+class StartedTrainer(PreferenceTrainer):
+    """A `PreferenceTrainer` that is told where its policy starts, `at`.
 
-    `at` says where the policy starts: one that moved is not where its references are, so that nothing is said of log-ratios
-    that are not 0 at the first step; one that is its own reference is refused unless they are.
+    One that moved is not where its references are, so that nothing is said of log-ratios that are not 0 at the first step;
+    one that is its own reference is refused unless they are.
     """
 
-    def __init__(self, cut: Cut, at: Start, *args: Any, **options: Any) -> None:
-        self.cut = cut
+    def __init__(self, at: Start, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         if at != "unknown":
             self._start_check = "refuse" if at == "anchor" else None
-
-    def _scored(self, data: TokenizedPreferences, name: str) -> ScoredPairs:
-        rows = zip(data.pairs, data.records, strict=True)
-        return super()._scored(replace(data, pairs=[_cut(pair, self.cut[one.source, one.row]) for pair, one in rows]), name)
-
-
-def _cut(pair: TokenizedPair, cut: tuple[bool, bool]) -> TokenizedPair:
-    """`pair` without the end of completions that are `cut`, unless nothing else would be left of them."""
-    changes: dict[str, Any] = {}
-    for side, gone in zip(("chosen", "rejected"), cut, strict=True):
-        ids = getattr(pair, f"{side}_ids")
-        if gone and not getattr(pair, f"{side}_cut") and len(ids) > 1:
-            changes |= {f"{side}_ids": ids[:-1], f"{side}_cut": True}
-    return replace(pair, **changes)
 
 
 @dataclass(frozen=True)
@@ -79,7 +61,6 @@ def train(
     inputs: dict[str, str],
     policy: Policy,
     records: Sequence[PreferenceRecord],
-    cut: Cut,
     beta: float,
     how: Training,
     number: int,
@@ -97,8 +78,7 @@ def train(
     if not stage.done:
         model, tokenizer = policy.load(), load_tokenizer(how.tokenizer)
         model.train()
-        trainer = DrawnPairsTrainer(
-            cut,
+        trainer = StartedTrainer(
             at or ("moved" if number > 1 else "unknown"),
             model,
             how.references,

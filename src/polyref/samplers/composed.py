@@ -54,6 +54,7 @@ def draw_composed(
     seed: int,
     method: str = "auto",
     weights: Sequence[Sequence[float] | None] | None = None,
+    places: Sequence[int] | None = None,
     budget: int | None = None,
     fixed: bool = False,
     batch_size: int = 32,
@@ -65,8 +66,8 @@ def draw_composed(
     most `calls` (completion tokens through members) a prompt may take: it is never exceeded, and a result that is short of
     what was asked says so in its `note`; by default 100 n proposals of full length. `fixed` makes n proposals and returns those
     accepted. A completion cut at `max_new_tokens` is part of the support, except where tokenizers differ. What is drawn for a
-    prompt depends on the prompt, its place among equal ones, its weights and `seed`, up to rounding. `progress` is told of n a
-    prompt as they are done, of fewer where a budget ends it.
+    prompt depends on the prompt, its place among equal ones (in `prompts`, or as `places` (P,) say), its weights and `seed`, up
+    to rounding. `progress` is told of n a prompt as they are done, of fewer where a budget ends it.
 
     Raises ConfigError for settings out of range, a method that is not one of the composition, temperature or top_p other than
     1; ReferenceSetError for weights off the simplex, of members not loaded, and for a method of tokens with several tokenizers.
@@ -85,7 +86,7 @@ def draw_composed(
     tally = Tally(n * len(prompts), progress)
     plan = Plan(n, parameters.max_new_tokens, seed, batch_size, fixed, not members.one_tokenizer, tally)
     rows = [_weights(members, i, None if weights is None else weights[i]) for i in range(len(prompts))]
-    keys = _keys(prompts)
+    keys = _keys(prompts, places)
     found: dict[int, Drawn] = {}
     with members.drawing():
         for active in dict.fromkeys(tuple(k for k, a in enumerate(row) if a > 0) for row in rows):
@@ -127,7 +128,9 @@ def _weights(members: Members, row: int, own: Sequence[float] | None) -> list[fl
     return [value / total for value in values]
 
 
-def _keys(prompts: Sequence[Text]) -> list[str]:
+def _keys(prompts: Sequence[Text], given: Sequence[int] | None) -> list[str]:
+    if given is not None:
+        return [f"{place} {prompt_key(prompt)}" for place, prompt in zip(given, prompts, strict=True)]
     places: Counter[str] = Counter()
     keys = []
     for prompt in prompts:

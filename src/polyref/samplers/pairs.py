@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -26,7 +26,8 @@ class Scored:
     """n completions of a prompt with their rewards (n,), and standard deviations (n,) of these where there are any.
 
     With `groups` (n,), who drew each, only completions of different groups make a pair. `apart` (n, n) is how far two are
-    from each other, for pairings that ask. `source` and `row` (1-based) say where they came from; the records inherit them.
+    from each other, for pairings that ask. `source` and `row` (1-based) say where they came from, `ended` (n,) which were not
+    cut; the records inherit them.
     """
 
     prompt: Text
@@ -37,6 +38,7 @@ class Scored:
     row: int = 0
     groups: Sequence[int] | None = None
     apart: Floats | None = None
+    ended: Sequence[bool] | None = None
 
 
 class Paired(NamedTuple):
@@ -132,7 +134,10 @@ def _records(
         if p is not None and p < 0.5:
             better, worse, p = worse, better, 1 - p
         texts = one.completions[better], one.completions[worse]
-        records.append(PreferenceRecord(one.prompt, *texts, chosen_probability=p, source=one.source, row=one.row))
+        fields: dict[str, Any] = {"chosen_probability": p, "source": one.source, "row": one.row}
+        if one.ended is not None:
+            fields |= {"chosen_ended": one.ended[better], "rejected_ended": one.ended[worse]}
+        records.append(PreferenceRecord(one.prompt, *texts, **fields))
     return records
 
 

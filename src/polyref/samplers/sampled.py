@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from polyref.data.prompt_rows import PromptRow
+from polyref.data.prompt_rows import PromptRow, places_among
 from polyref.data.sources import prompt_key
 from polyref.errors import ConfigError
 from polyref.objectives.metrics import Interval
@@ -111,11 +111,12 @@ def open_draw(references: ReferenceSet, prompts: Sequence[PromptRow], how: Drawi
     needed = pooled(references, prompts)
     if sum(needed.needed()) == 1 and how.method == "auto":
         return _alone(needed, how)
-    members = load_members(needed)
+    members, places = load_members(needed), places_among(prompts)
 
     def draw(some: Sequence[PromptRow]) -> list[Drawn]:
         weights = [row.reference_weights or references.weights for row in some]
         options = {"method": how.method, "weights": weights, "budget": how.budget, "batch_size": how.batch_size}
+        options["places"] = places(some)
         return draw_composed(members, [row.prompt for row in some], how.draws, how.parameters, seed=how.seed, **options)  # type: ignore[arg-type]
 
     return draw
