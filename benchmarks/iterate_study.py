@@ -53,7 +53,7 @@ GRIDS: Final[Mapping[str, tuple[Cell, ...]]] = {
     "pocket": tuple(itertools.product((OFFLINE, ONLINE, ENHANCED), (1, 3), (0.3, 0.1))),
     "smollm2": ((ENHANCED, 3, 0.3), (OFFLINE, 3, 0.3)),
 }
-MINUTES = {"pocket": 4.0, "smollm2": 20.0}
+MINUTES = {"pocket": 2.0, "smollm2": 20.0}
 """Of one run on one thread of two x86-64 cores, from shorter ones: what the estimate is made from."""
 
 
