@@ -14,8 +14,6 @@ from polyref.cli.multistep_settings import MultistepPrompts
 from polyref.errors import ConfigError
 from polyref.rewards.functions import from_function
 
-ENSEMBLE = [{"model": "rule:length"}, {"model": "rule:length:characters"}]
-
 
 @table(
     {
@@ -43,10 +41,6 @@ ENSEMBLE = [{"model": "rule:length"}, {"model": "rule:length:characters"}]
         "ties of soft labels": ({"tie_within": 0.5}, "tie_within has no effect on label soft"),
         "no such anchor": ({"anchor": "moving"}, "unknown anchor 'moving'", "previous"),
         "a decay of 1": ({"anchor_decay": 1.0}, "anchor_decay is 1"),
-        "two rewards": ({"ensemble": ENSEMBLE}, "reward and ensemble are both given"),
-        "an ensemble of one": ({"reward": None, "ensemble": ENSEMBLE[:1]}, "fewer than 2 rewards"),
-        "pessimism of a rule": ({"pessimism": 1.0}, "pessimism needs an ensemble"),
-        "a bonus of nothing": ({"bonus_data": "pairs.jsonl"}, "bonus_data has no effect without pessimism"),
         "no reward": ({"reward": None}, "no reward is given", "reward.model"),
         "no such rule": ({"gold": {"model": "rule:beauty"}}, "there is no rule 'rule:beauty'"),
         "a share of nothing": ({"offline_share": 0.5}, "offline_share has no effect without offline_data"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cli_world import World, assert_ends_in_one_line
-from polyref.cli import iterate_plan
+from polyref.cli import training_rewards
 from polyref.cli.iterate import make_iterate
 from polyref.cli.iterate_settings import EnhancerSettings, IterateSettings
 from polyref.cli.multistep_settings import MultistepPrompts
@@ -116,9 +116,9 @@ def test_offline_pairs_are_trained_on_beside_fresh_prompts(world: World) -> None
 def test_pessimism_subtracts_the_spread_of_an_ensemble_before_pairing(world: World) -> None:
     own = IterateSettings("run", "model", ensemble=[RewardSource("rule:length"), RewardSource("rule:length:characters")])
     texts = ["a b", "abcdefgh"]
-    mean = iterate_plan.training_reward(own, [])(["p", "p"], texts)
+    mean = own.rewards.load([])(["p", "p"], texts)
     own.pessimism = 2.0
-    low = iterate_plan.training_reward(own, [])(["p", "p"], texts)
+    low = own.rewards.load([])(["p", "p"], texts)
     assert mean[1] > mean[0] and low[1] < low[0], "the longer text is better in the mean, and less sure"
     ensemble = [{"model": "rule:length"}, {"model": "rule:length:characters"}]
     outcome = world.run(quick(world, reward=None, ensemble=ensemble, pessimism=1.0))
@@ -140,9 +140,9 @@ class Counting:
 
 def test_one_reward_is_less_sure_of_features_that_its_pairs_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     own = IterateSettings("run", "model", reward=RewardSource("model"), pessimism=1.0, bonus_data="pairs.jsonl")
-    monkeypatch.setattr(iterate_plan, "load_reward", lambda source: Counting())
+    monkeypatch.setattr(training_rewards, "load_reward", lambda source: Counting())
     fitted = [PreferenceRecord("p", "aaa", "a")] * 9
-    reward = iterate_plan.training_reward(own, fitted)
+    reward = own.rewards.load(fitted)
     low = Counting()(["p", "p"], ["aaaa", "abcd"]) - reward(["p", "p"], ["aaaa", "abcd"])
     assert 0 < low[0] < low[1], "of as long texts, one has letters that no pair told apart"
 
@@ -199,11 +199,11 @@ def test_a_reward_that_fails_in_mid_round_ends_in_a_line_and_a_mended_one_goes_o
 
     words = quick(world, prompts_at_once=2)
     with monkeypatch.context() as patch:
-        patch.setattr(iterate_plan, "load_reward", lambda source: NamedReward("failing", failing))
+        patch.setattr(training_rewards, "load_reward", lambda source: NamedReward("failing", failing))
         assert_ends_in_one_line(world.run(words), "failing, row 1", "gave nan as reward")
     assert (world.path / "iterate/stages/evaluate-0/chunk-000001.json").exists()
     assert world.run(words).code == 0
     with monkeypatch.context() as patch:
         flat = quick(world, output_dir=world.path / "flat")
-        patch.setattr(iterate_plan, "load_reward", lambda source: from_function(lambda x, y: 1.0, "flat"))
+        patch.setattr(training_rewards, "load_reward", lambda source: from_function(lambda x, y: 1.0, "flat"))
         assert_ends_in_one_line(world.run(flat), "every completion of round 1 has the reward 1", "tells completions apart")

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cli_world import World, assert_ends_in_one_line, assert_refused, table
-from polyref.cli import multistep_plan
+from polyref.cli import training_rewards
 from polyref.cli.multistep import make_multistep
 from polyref.cli.multistep_settings import MultistepPrompts, MultistepSettings
 from polyref.cli.preference_source import RewardSource
@@ -216,7 +216,7 @@ def test_a_reward_that_is_no_number_stops_the_run_and_a_mended_one_goes_on(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(multistep_plan, "load_reward", lambda source: from_function(lambda prompt, text: math.nan, "broken"))
+        patch.setattr(training_rewards, "load_reward", lambda source: from_function(lambda prompt, text: math.nan, "broken"))
         assert_ends_in_one_line(world.run(world.multistep()), "broken, row 1", "gave nan as reward")
     assert world.run(world.multistep()).code == 0
 

@@ -19,7 +19,6 @@ from polyref.training.config import PreferenceConfig
 
 if TYPE_CHECKING:
     from polyref.rewards.protocols import PreferenceModel, Reward
-    from polyref.types import PreferenceRecord
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +52,6 @@ def run(settings: Namespace) -> None:
     return None
 
 
-def load_pairs(data: str | None, source: MultistepPrompts) -> list[PreferenceRecord]:
-    """The pairs of `data`, read as the prompts are; none of None."""
-    from polyref.data.sources import load_preferences
-
-    return [] if data is None else load_preferences(data, prompt_format=source.prompt_format, columns=source.columns)
-
-
 def make_iterate(
     own: IterateSettings,
     source: MultistepPrompts,
@@ -86,7 +78,7 @@ def make_iterate(
     refuse_many_processes()
     args = check_training(own, training)
     check_labeller(own, preference)
-    fitted = cache(lambda: load_pairs(own.bonus_data, source))
+    fitted = cache(lambda: source.pairs(own.bonus_data))
     rewards = open_rewards(own, fitted, reward, gold)
     if config is None:
         config = {k: v for k, v in vars(own).items() if k != "output_dir"} | vars(source) | dict(training)
@@ -95,7 +87,7 @@ def make_iterate(
         RunFolder(run_dir, config, seeds={"seed": args.seed}, may_change=(*MAY_CHANGE, *ASKING)) as folder,
         ExitStack() as stack,
     ):
-        (prompts, held_out), offline = source.load(), load_pairs(own.offline_data, source)
+        (prompts, held_out), offline = source.load(), source.pairs(own.offline_data)
         given = {"the reward": reward, "the gold reward": gold, "the preference model": preference}
         inputs = inputs_of(own, prompts, held_out, offline, fitted(), given)
         folder.refuse_changed(inputs, "write")

@@ -42,44 +42,10 @@ def check_training(own: IterateSettings, training: Mapping[str, Any]) -> Prefere
 def open_rewards(
     own: IterateSettings, fitted: Callable[[], Sequence[PreferenceRecord]], reward: Reward | None, gold: Reward | None
 ) -> Callable[[], Sequence[Reward]]:
-    """What gives the training reward and the gold one, if any, loaded when first asked. ConfigError for none, or for two.
-
-    `fitted` gives the pairs of bonus_data.
-    """
-    named = own.reward is not None or own.ensemble is not None
-    for name, by_name, given in (("reward", named, reward), ("gold", own.gold is not None, gold)):
-        if by_name and given is not None:
-            raise ConfigError(f"{name} is given twice, by name and as a function", fix="give one of them")
-    if not named and reward is None:
-        raise ConfigError("no reward is given", fix="name a reward model or a rule as reward.model")
+    """As `TrainingRewards.open`. ConfigError too for a function without the features that the pairing needs."""
     if own.pairing == "farthest" and reward is not None and not hasattr(reward, "features"):
         raise ConfigError("pairing farthest needs a reward with features", fix="give a RewardModel, or choose another pairing")
-
-    @cache
-    def opened() -> Sequence[Reward]:
-        judge = gold if own.gold is None else load_reward(own.gold)
-        return [one for one in (training_reward(own, fitted()) if named else reward, judge) if one is not None]
-
-    return opened
-
-
-def training_reward(own: IterateSettings, fitted: Sequence[PreferenceRecord]) -> Reward:
-    """The one reward or the mean of the ensemble, less `pessimism` times its uncertainty beside the pairs `fitted`."""
-    from polyref.rewards.ensemble import RewardEnsemble
-    from polyref.rewards.pessimism import pessimistic
-    from polyref.rewards.uncertainty import FeatureUncertainty
-
-    prompts = [one.prompt for one in fitted]
-    if own.ensemble is not None:
-        ensemble = RewardEnsemble(tuple(map(load_reward, own.ensemble)))
-        ensemble = ensemble.centred_on(prompts, [one.chosen for one in fitted]) if fitted else ensemble
-        return pessimistic(ensemble, own.pessimism) if own.pessimism else ensemble
-    assert own.reward is not None
-    if not own.pessimism:
-        return load_reward(own.reward)
-    reward: Any = load_reward(own.reward)
-    chosen, rejected = [one.chosen for one in fitted], [one.rejected for one in fitted]
-    return pessimistic(FeatureUncertainty.fit(reward, prompts, chosen, rejected, ridge=own.ridge), own.pessimism)
+    return own.rewards.open(fitted, reward, gold)
 
 
 def inputs_of(
@@ -102,17 +68,10 @@ def inputs_of(
         what = f"{own.rounds} rounds of {own.prompts_per_round} fresh prompts take {needed}, and there are {len(prompts)}"
         raise ConfigError(what, fix="give more prompts, fewer rounds, or fewer prompts a round")
     inputs = drawing_inputs(own.source, own.reference_set, prompts, held_out, own.max_new_tokens)
-    for name, records in (("offline pairs", offline), ("pairs of bonus_data", fitted)):
-        if records:
-            inputs[name] = content_digest([record_to_row(record) for record in records])
-    named = {"reward": own.reward, "gold reward": own.gold}
-    named |= {f"reward {number} of the ensemble": one for number, one in enumerate(own.ensemble or (), 1)}
-    inputs |= {f"weights of the {name}": source.fingerprint for name, source in named.items() if source is not None}
+    if offline:
+        inputs["offline pairs"] = content_digest([record_to_row(record) for record in offline])
     inputs |= own.labeller.inputs() if own.labeller is not None else {}
-    for name, function in given.items():
-        if function is not None:
-            inputs[name] = f"{function.name} {getattr(function, 'fingerprint', None)}"
-    return inputs
+    return inputs | own.rewards.inputs(fitted, given)
 
 
 def open_labeller(

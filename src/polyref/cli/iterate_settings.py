@@ -9,6 +9,7 @@ from typing import Literal
 from polyref.cli.multistep_settings import anchor_or_start, one_of
 from polyref.cli.preference_source import PreferenceSource, RewardSource
 from polyref.cli.settings import LoraSettings
+from polyref.cli.training_rewards import TrainingRewards
 from polyref.errors import ConfigError
 from polyref.loops.agents import Agent, check_agent
 from polyref.loops.anchors import Anchor
@@ -162,13 +163,15 @@ class IterateSettings:
         for name in (*counts, "prompts_at_once"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", fix="give at least 1")
-        for name in ("min_margin", "tie_within", "pessimism"):
+        for name in ("min_margin", "tie_within"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}", fix="give a finite number of at least 0")
         one_of("pairing", self.pairing, _PAIRINGS)
         self._check_agents()
         self._check_labels()
-        self._check_rewards()
+        rewards = self.rewards
+        if self.pairing == "farthest" and (rewards.by_rule or self.ensemble is not None):
+            raise ConfigError("pairing farthest needs the features of one reward model", fix="name one as reward.model")
         if self.offline_share is not None and self.offline_data is None:
             raise ConfigError("offline_share has no effect without offline_data", fix="leave it out, or give offline_data")
         _ = self.moving, self.limits, self.replayed  # each refuses what cannot be
@@ -201,31 +204,15 @@ class IterateSettings:
         if self.tie_within and self.label != "hard":
             raise ConfigError(f"tie_within has no effect on label {self.label}", fix="leave it out, or set label to hard")
 
-    def _check_rewards(self) -> None:
-        if self.reward is not None and self.ensemble is not None:
-            raise ConfigError("reward and ensemble are both given", fix="give one of them")
-        if self.ensemble is not None and len(self.ensemble) < 2:
-            raise ConfigError("the ensemble has fewer than 2 rewards", fix="give at least 2, or name one as reward")
-        rule = self.reward is not None and self.reward.model.startswith("rule:")
-        if self.ensemble is None and self.pessimism and (rule or self.bonus_data is None):
-            what = "pessimism needs an ensemble, or a reward model with the pairs it was fitted to"
-            raise ConfigError(what, fix="give ensemble, or reward and bonus_data")
-        if self.bonus_data is not None and self.ensemble is None and not self.pessimism:
-            raise ConfigError("bonus_data has no effect without pessimism", fix="leave it out, or set pessimism")
-        if self.pairing == "farthest" and (rule or self.ensemble is not None):
-            raise ConfigError("pairing farthest needs the features of one reward model", fix="name one as reward.model")
-        if not 0 < self.ridge < math.inf:
-            raise ConfigError(f"ridge is {self.ridge}", fix="give a finite number above 0")
-        for name, source in (("reward", self.reward), ("gold", self.gold), *(("ensemble", one) for one in self.ensemble or ())):
-            if source is not None and source.temperature is not None:
-                raise ConfigError(f"the temperature of the {name} has no effect here", fix="leave it out; beta is the scale")
-            if source is not None:
-                source.check()
-
     @property
     def source(self) -> ModelSource:
         """Where the policy's weights come from."""
         return ModelSource(self.model, self.gguf_file, self.dtype, self.revision, self.trust_remote_code)
+
+    @property
+    def rewards(self) -> TrainingRewards:
+        """What is raised, and what judges."""
+        return TrainingRewards(self.reward, self.ensemble, self.pessimism, self.bonus_data, self.ridge, self.gold)
 
     @property
     def reference_set(self) -> ReferenceSet:

@@ -41,7 +41,7 @@ def summary_of(
         "composition": own.reference_set.composition,
         "anchor": own.moving.told,
         "dtypes": {"policy": own.dtype, "references": [member.scoring_dtype for member in members]},
-        "reward": _reward(own),
+        "reward": own.rewards.told,
         "pessimism": own.pessimism,
         "gold": own.gold.model if own.gold is not None else None,
         "label": own.label,
@@ -62,12 +62,6 @@ def summary_of(
         "final_round": found.kept,
         "rounds": list(found.rows),
     }
-
-
-def _reward(own: IterateSettings) -> str:
-    if own.ensemble is not None:
-        return f"an ensemble of {', '.join(one.model for one in own.ensemble)}"
-    return own.reward.model if own.reward is not None else "a function"
 
 
 def write(folder: RunFolder, own: IterateSettings, summary: Row, found: Outcome) -> list[Path]:

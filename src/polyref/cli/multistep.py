@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def make_multistep(
     not change when the run is taken up again, by default all settings. `reward` and `gold` stand in for those that the settings
     name; a run knows them again by their name and, where they have one, their `fingerprint`.
     """
-    from polyref.cli.multistep_plan import check_training, inputs_of, make_plan, open_rewards
+    from polyref.cli.multistep_plan import check_training, drawing_inputs, make_plan
     from polyref.cli.multistep_summary import summary_of, tell, write
     from polyref.cli.progress import Meter
     from polyref.loops.multistep import multistep
@@ -62,13 +63,15 @@ def make_multistep(
 
     refuse_many_processes()
     args = check_training(own, training)
-    rewards = open_rewards(own, reward, gold)
+    fitted = cache(lambda: source.pairs(own.bonus_data))
+    rewards = own.rewards.open(fitted, reward, gold)
     if config is None:
         config = {k: v for k, v in vars(own).items() if k != "output_dir"} | vars(source) | dict(training)
     run_dir = Path(own.output_dir)
     with RunFolder(run_dir, config, seeds={"seed": args.seed}, may_change=MAY_CHANGE) as folder:
         prompts, held_out = source.load()
-        inputs = inputs_of(own, prompts, held_out, reward, gold)
+        inputs = drawing_inputs(own.source, own.anchor, prompts, held_out, own.max_new_tokens)
+        inputs |= own.rewards.inputs(fitted(), {"the reward": reward, "the gold reward": gold})
         folder.refuse_changed(inputs, "write")
         with Meter("done") as meter:
             plan = make_plan(own, training, args.seed, rewards, meter)

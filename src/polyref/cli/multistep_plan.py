@@ -1,14 +1,13 @@
-"""What the settings of `polyref multistep` mean for the loop: its plan, its rewards, and what it depends on."""
+"""What the settings of `polyref multistep` mean for the loop: its plan, and what it depends on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from polyref.cli.multistep_settings import MultistepSettings
-from polyref.cli.sample_stages import load_reward
 from polyref.cli.settings import peft_config
 from polyref.cli.training_run import DEFAULTS
 from polyref.errors import ConfigError
@@ -52,42 +51,6 @@ def training_settings(training: Mapping[str, Any], beta: float, folder: str) -> 
         raise ConfigError(str(error), where="training settings", fix="name options of PreferenceConfig") from error
 
 
-def open_rewards(own: MultistepSettings, reward: Reward | None, gold: Reward | None) -> Callable[[], Sequence[Reward]]:
-    """What gives the reward and the gold reward, if there is one, loaded when first asked. ConfigError for none, or for two."""
-    for name, named, given in (("reward", own.reward, reward), ("gold", own.gold, gold)):
-        if named is not None and given is not None:
-            raise ConfigError(f"{name} is given twice, by name and as a function", fix="give one of them")
-    if own.reward is None and reward is None:
-        raise ConfigError("no reward is given", fix="name a reward model or a rule as reward.model")
-
-    @cache
-    def opened() -> Sequence[Reward]:
-        both = (reward if own.reward is None else load_reward(own.reward), gold if own.gold is None else load_reward(own.gold))
-        return [one for one in both if one is not None]
-
-    return opened
-
-
-def inputs_of(
-    own: MultistepSettings,
-    prompts: Sequence[PromptRow],
-    held_out: Sequence[PromptRow],
-    reward: Reward | None,
-    gold: Reward | None,
-) -> dict[str, str]:
-    """What the run depends on beyond its configuration, by the words that a refusal uses for it.
-
-    DataError for a prompt that leaves no room for a completion in the context of the policy or of a reference.
-    """
-    inputs = drawing_inputs(own.source, own.anchor, prompts, held_out, own.max_new_tokens)
-    for name, source, given in (("reward", own.reward, reward), ("gold reward", own.gold, gold)):
-        if source is not None:
-            inputs[f"weights of the {name}"] = source.fingerprint
-        elif given is not None:
-            inputs[f"weights of the {name}"] = f"{given.name} {getattr(given, 'fingerprint', None)}"
-    return inputs
-
-
 def drawing_inputs(
     source: ModelSource,
     references: ReferenceSet,
@@ -95,7 +58,10 @@ def drawing_inputs(
     held_out: Sequence[PromptRow],
     max_new_tokens: int,
 ) -> dict[str, str]:
-    """The prompts, and the weights of policy and references. DataError as `inputs_of`."""
+    """What drawing depends on, by the words that a refusal uses for it: the prompts, the weights of policy and references.
+
+    DataError for a prompt that leaves no room for a completion in the context of the policy or of a reference.
+    """
     from polyref.references.reference_set import Reference, ReferenceSet
     from polyref.samplers.references import refuse_long, without_room
     from polyref.stages import content_digest, plain

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from polyref.cli.preference_source import RewardSource
 from polyref.cli.settings import LoraSettings
+from polyref.cli.training_rewards import TrainingRewards
 from polyref.errors import ConfigError
 from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.samplers.composed import METHODS
@@ -16,6 +17,7 @@ from polyref.scoring.models import ModelSource
 
 if TYPE_CHECKING:
     from polyref.data.prompt_rows import PromptRow
+    from polyref.types import PreferenceRecord
 
 DEFAULT_STEPS = 3
 LABELS = ("soft", "hard")
@@ -72,6 +74,12 @@ class MultistepPrompts:
             some = [row for row in some if prompt_key(row.prompt) not in taken]
         return some[: self.limit], held_out
 
+    def pairs(self, data: str | None) -> list[PreferenceRecord]:
+        """The pairs of `data`, read as the prompts are; none of None."""
+        from polyref.data.sources import load_preferences
+
+        return [] if data is None else load_preferences(data, prompt_format=self.prompt_format, columns=self.columns)
+
     def _taken(self, keys: list[str]) -> set[str]:
         import numpy as np
 
@@ -98,6 +106,10 @@ class MultistepSettings:
         merge_adapter: write the trained adapter merged into the weights.
         references: what step 1 draws from, and what every step stays close to; the model itself when left out.
         reward: what is to be raised, in units that beta divides.
+        ensemble: several rewards instead, whose mean counts.
+        pessimism: subtract so many standard deviations of the ensemble, or of the feature uncertainty of the one reward.
+        bonus_data: pairs that the reward was fitted to, for its feature uncertainty; an ensemble is centred on them.
+        ridge: of the feature covariance.
         gold: a second reward that only judges.
         beta: KL strength at the last step.
         steps: how many, equal in 1/beta; 1 is RSO. By default 3, unless acceptance is given.
@@ -131,6 +143,10 @@ class MultistepSettings:
     merge_adapter: bool = False
     references: ReferenceSet | None = None
     reward: RewardSource | None = None
+    ensemble: list[RewardSource] | None = None
+    pessimism: float = 0.0
+    bonus_data: str | None = None
+    ridge: float = 1.0
     gold: RewardSource | None = None
     beta: float = 0.1
     steps: int | None = None
@@ -176,11 +192,7 @@ class MultistepSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}", fix="give a finite number of at least 0")
         if self.tie_within and self.labels == "soft":
             raise ConfigError("tie_within has no effect on soft labels", fix="leave it out, or set labels to hard")
-        for name, source in (("reward", self.reward), ("gold", self.gold)):
-            if source is not None and source.temperature is not None:
-                raise ConfigError(f"the temperature of the {name} has no effect here", fix="leave it out; beta is the scale")
-            if source is not None:
-                source.check()
+        _ = self.rewards  # refuses what cannot be
 
     def _check_schedule(self) -> None:
         if not 0 < self.beta < math.inf:
@@ -203,6 +215,11 @@ class MultistepSettings:
     def source(self) -> ModelSource:
         """Where the policy's weights come from."""
         return ModelSource(self.model, self.gguf_file, self.dtype, self.revision, self.trust_remote_code)
+
+    @property
+    def rewards(self) -> TrainingRewards:
+        """What is raised, and what judges."""
+        return TrainingRewards(self.reward, self.ensemble, self.pessimism, self.bonus_data, self.ridge, self.gold)
 
     @property
     def anchor(self) -> ReferenceSet:

@@ -154,8 +154,8 @@ def _shares(rows: Sequence[Row]) -> Figure | None:
 
 
 def _setting(summary: Row) -> Section:
-    names = ("model", "references", "weights", "composition", "anchor", "reward", "beta", "schedule", "correct", "loss_type")
-    rows: list[list[Cell]] = [[name, said(summary[name])] for name in (*names, "labels", "pairing", "prompts")]
+    names = ("model", "references", "weights", "composition", "anchor", "reward", "pessimism", "beta", "schedule", "correct")
+    rows: list[list[Cell]] = [[name, said(summary[name])] for name in (*names, "loss_type", "labels", "pairing", "prompts")]
     return Section("How it was made", tables=[Table(("setting", "value"), rows)])
 
 
