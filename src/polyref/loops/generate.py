@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from polyref.data.prompt_rows import PromptRow
+from polyref.errors import ModelError, PolyrefError
 from polyref.files import write_bytes
 from polyref.rewards.protocols import Reward, check_rewards
 from polyref.samplers.auxiliary import as_completion
 from polyref.stages import Stage
 from polyref.types import Text
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +68,34 @@ def generate(
     prompts_at_once: int,
     progress: Progress,
 ) -> list[Proposed]:
-    """Scored proposals of each prompt. Nothing is opened where all is found, and no chunk that is there is made again."""
+    """Scored proposals of each prompt. Nothing is opened where all is found, and no chunk that is there whole is made again."""
     starts = range(0, len(prompts), prompts_at_once)
     files = [stage.folder / f"chunk-{number:06d}.json" for number in range(len(starts))]
-    missing = {file for file in files if not file.exists()}
-    draw, rewards = (open_draw(), open_rewards()) if missing else (None, ())
+    kept = [_found(file) for file in files]
+    draw, rewards = (open_draw(), open_rewards()) if None in kept else (None, ())
     found: list[Proposed] = []
-    for start, file in zip(starts, files, strict=True):
-        if draw is not None and file in missing:
+    for start, file, chunk in zip(starts, files, kept, strict=True):
+        if chunk is None and draw is not None:
             some = prompts[start : start + prompts_at_once]
             scored = _scored(some, [_spelt(one) for one in draw(some)], rewards)
             write_bytes(file, json.dumps([asdict(one) for one in scored], allow_nan=False).encode())
-        found += _read(json.loads(file.read_text()))
-        if missing:
+        found += chunk or _read(json.loads(file.read_text()))
+        if draw is not None:
             progress(stage.name, len(found), len(prompts))
     if not stage.done:
         stage.finish(files)
     return found
+
+
+def _found(file: Path) -> list[Proposed] | None:
+    """What is kept in `file`; None where it is not there, or torn."""
+    if not file.exists():
+        return None
+    try:
+        return _read(json.loads(file.read_text()))
+    except (ValueError, TypeError, KeyError):
+        logger.warning("%s is torn; its completions are drawn again", file)
+        return None
 
 
 def _spelt(one: Proposed) -> Proposed:
@@ -91,15 +108,26 @@ def _spelt(one: Proposed) -> Proposed:
 
 
 def _scored(prompts: Sequence[PromptRow], drawn: Sequence[Proposed], rewards: Sequence[Reward]) -> list[Proposed]:
-    """`drawn` with the rewards of every proposal. ModelError for one that is no finite number."""
+    """`drawn` with the rewards of every proposal. ModelError for one that is no finite number, or that fails."""
     asked: list[Text] = []
     texts: list[Text] = []
     for row, one in zip(prompts, drawn, strict=True):
         asked += [row.prompt] * len(one.proposals)
         texts += [as_completion(row.prompt, proposal.text) for proposal in one.proposals]
-    columns = [check_rewards(reward(asked, texts), len(texts), reward.name).tolist() for reward in rewards]
+    columns = [check_rewards(_rewards(reward, asked, texts), len(texts), reward.name).tolist() for reward in rewards]
     each = iter(list(zip(*columns, strict=True)) if columns else [()] * len(texts))
     return [_with(one, [next(each) for _ in one.proposals]) for one in drawn]
+
+
+def _rewards(reward: Reward, prompts: Sequence[Text], completions: Sequence[Text]) -> Any:
+    """What `reward` gives. ModelError where it fails by an error of its own."""
+    try:
+        return reward(prompts, completions)
+    except PolyrefError:
+        raise
+    except Exception as error:
+        what = f"failed on {len(completions)} completions: {type(error).__name__}: {error}"
+        raise ModelError(what, where=reward.name, fix="mend it; the same command goes on from here") from error
 
 
 def _with(one: Proposed, rewards: Sequence[tuple[float, ...]]) -> Proposed:

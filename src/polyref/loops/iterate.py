@@ -30,7 +30,7 @@ from polyref.rewards.protocols import Reward
 from polyref.samplers.engine import SamplingParameters
 from polyref.samplers.tilt import Kept
 from polyref.scoring.models import ModelSource
-from polyref.stages import RunFolder
+from polyref.stages import RunFolder, plain
 from polyref.types import PreferenceRecord
 
 Row = dict[str, Any]
@@ -224,12 +224,17 @@ def _evaluate(
 
 
 def _record(folder: RunFolder, plan: Plan, row: Row) -> None:
-    """A line of metrics.jsonl for `row`, once, and tell of it."""
-    rows = [line for line in folder.read_metrics() if line.get("round") == row["round"]]
-    if not any("eval_reward" in line for line in rows):
-        step = max((line["step"] for line in rows), default=0)
-        values = {f"eval_{name}": value for name, value in row.items() if name != "round"}
-        folder.append_metrics({"round": row["round"], "step": step} | values)
+    """A line of metrics.jsonl for `row`, once, and tell of it. One of other numbers goes, with all that came after it."""
+    number, values = row["round"], plain({f"eval_{name}": value for name, value in row.items() if name != "round"})
+
+    def before(line: Row) -> bool:
+        return line["round"] < number or (line["round"] == number and "eval_reward" not in line)
+
+    rows = [line for line in folder.read_metrics() if line["round"] == number]
+    if not any(values.items() <= line.items() for line in rows):
+        folder.keep_metrics(before)
+        step = max((line["step"] for line in rows if before(line)), default=0)
+        folder.append_metrics({"round": number, "step": step} | values)
     plan.told(row)
 
 
