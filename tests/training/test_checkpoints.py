@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from fakes import tiny_llama
 from polyref.errors import RunFolderError
-from polyref.training.checkpoints import last_checkpoint, save_policy
+from polyref.training.checkpoints import last_checkpoint, save_policy, seal
 
 
 def checkpoint(folder: Path, step: int, state: str | None = "{}") -> Path:
@@ -38,6 +38,23 @@ def test_a_checkpoint_that_a_kill_left_incomplete_is_removed(tmp_path: Path, sta
     assert not torn.exists()
     for path in whole.iterdir():
         path.unlink()
+    assert last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("tear", [b"..", b"..,", None], ids=["truncated", "flipped", "removed"])
+def test_a_torn_file_of_a_sealed_checkpoint_is_found(
+    tmp_path: Path, tear: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, torn = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+    for path in (whole, torn, torn):
+        seal(path)
+    assert last_checkpoint(tmp_path) == torn and not caplog.text
+    if tear is None:
+        (torn / "model.safetensors").unlink()
+    else:
+        (torn / "model.safetensors").write_bytes(tear)
+    assert last_checkpoint(tmp_path) == whole and not torn.exists()
+    (whole / "checksums.json").write_text("{")
     assert last_checkpoint(tmp_path) is None
 
 

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from polyref.errors import ConfigError
-from polyref.files import atomic_write
+from polyref.files import atomic_write, file_digest, files_below, write_bytes
+
+logger = logging.getLogger(__name__)
+
+_SEAL = "checksums.json"
+
+
+def seal(checkpoint: Path) -> None:
+    """Put the checksums of a checkpoint's files beside them, by which `last_checkpoint` knows a torn one."""
+    files = [file for file in files_below(checkpoint) if file.name != _SEAL]
+    digests = {file.relative_to(checkpoint).as_posix(): file_digest(file) for file in files}
+    write_bytes(checkpoint / _SEAL, json.dumps(digests, indent=2).encode())
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`. Those a kill left incomplete are removed.
+    """The newest complete checkpoint in `folder`. Those a kill left incomplete are removed, and those with torn files.
 
-    transformers writes trainer_state.json last, so a checkpoint is complete when that file can be read.
+    transformers writes trainer_state.json last, so a checkpoint that was not sealed yet is complete when that can be read.
     """
     steps = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))]
     for _, path in sorted(steps, reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text())
-            return path
+            digests = json.loads((path / _SEAL).read_text()) if (path / _SEAL).exists() else {}
+            if all(file_digest(path / name) == digest for name, digest in digests.items()):
+                return path
+            logger.warning("%s is torn; training goes on from before it", path)
         except (OSError, ValueError):
-            shutil.rmtree(path)
+            logger.info("%s is not complete; training goes on from before it", path)
+        shutil.rmtree(path)
     return None
 
 

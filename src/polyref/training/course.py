@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from polyref.data.sources import by_prompt
 from polyref.files import write_bytes
 from polyref.stages import RunFolder, Stage
-from polyref.training.checkpoints import last_checkpoint
+from polyref.training.checkpoints import last_checkpoint, seal
 from polyref.training.dataset import ScoredPairs
 from polyref.training.evaluate import plain_interval, preference_report
 
@@ -32,6 +32,7 @@ def train_and_evaluate(
     later rounds, are dropped.
     """
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Sealer())
     dataset: Any = trainer.eval_dataset
     shared = _shared_prompts(trainer) if held_out else 0
     suffix = f"-{number}" if number else ""
@@ -94,6 +95,13 @@ def kept_report(folder: RunFolder, when: str, inputs: dict[str, str], make: Call
         stage.finish([file])
     result: dict[str, Any] = json.loads(file.read_text())
     return result
+
+
+class _Sealer(TrainerCallback):
+    """Seals each checkpoint as it is saved."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def metrics_writer(folder: RunFolder, number: int = 0) -> TrainerCallback:
