@@ -70,10 +70,11 @@ def _gains(summary: Row) -> Section:
         ]
         return Table(("round", *(word for word, _ in columns)), cells)
 
+    kl, moved = [("KL to the anchor, nats", "kl_anchor")], any(row["kl"] != row["kl_anchor"] for row in rows)
+    kl += [("KL to the references, nats", "kl")] if moved else []
     tables = [
         table([("reward", "reward"), *([("gold reward", "gold")] if gold else []), ("win rate", "win_rate")]),
-        table([("KL to the anchor, nats", "kl_anchor"), ("KL to the references, nats", "kl")]),
-        table([("tokens", "length"), ("distinct texts", "distinct"), ("distinct bigrams", "distinct_bigrams")]),
+        table([*kl, ("tokens", "length"), ("distinct texts", "distinct"), ("distinct bigrams", "distinct_bigrams")]),
     ]
     each: list[list[Cell]] = [[name, *map(interval, row["kl_each"])] for name, row in zip(names, rows, strict=True)]
     tables.append(Table(("round", *summary["references"]), each, "KL to each reference, nats"))

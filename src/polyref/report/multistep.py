@@ -161,6 +161,8 @@ def _setting(summary: Row) -> Section:
 
 def said(value: Any) -> str:
     """A setting in words."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, list):
         return "; ".join(map(said, value))
     if isinstance(value, dict):
