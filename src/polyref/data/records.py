@@ -128,8 +128,13 @@ def _one_turn(role: str, text: object) -> tuple[Message, ...]:
 
 def turned(record: PreferenceRecord) -> PreferenceRecord:
     """`record` with chosen and rejected exchanged, their texts and their ends; what it says of its label stays as it is."""
-    texts = {"chosen": record.rejected, "rejected": record.chosen}
-    return replace(record, **texts, chosen_ended=record.rejected_ended, rejected_ended=record.chosen_ended)
+    return replace(
+        record,
+        chosen=record.rejected,
+        rejected=record.chosen,
+        chosen_ended=record.rejected_ended,
+        rejected_ended=record.chosen_ended,
+    )
 
 
 def record_to_row(record: PreferenceRecord) -> dict[str, Any]:
