@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -18,10 +18,13 @@ from polyref.references.compose import COMPOSITIONS
 from polyref.references.reference_set import ReferenceSet
 from polyref.samplers.engine import Completion, Engine, SamplingParameters
 from polyref.samplers.local import LocalEngine
-from polyref.samplers.members import Member, Members, load_members
+from polyref.samplers.members import Members, load_members
 from polyref.samplers.members_scores import member_logps
 from polyref.samplers.sampled import Drawing, open_draw, pooled
 from polyref.scoring.models import ModelSource, attach_adapter, default_device, load_causal_lm, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,15 @@ def from_policy(
     tokenizer = load_tokenizer(tokenizer_source)
     model = policy.load().to(default_device()).eval()
     engine = LocalEngine(model, tokenizer, system_prompt=system_prompt, batch_size=batch_size, name="policy")
-    own = tokenizer_fingerprint(tokenizer)
     members = None if scored is None else load_members(pooled(scored, prompts))
+    same = [] if members is None else _alike(members, tokenizer)
     places = places_among(prompts)
 
     def draw(some: Sequence[PromptRow]) -> list[Proposed]:
         drawn = _drawn(engine, some, places(some), n, parameters, seed)
         logps: list[list[tuple[float | None, ...]]] = [[()] * n for _ in some]
         if members is not None and scored is not None:
-            logps = _reference_logps(members, scored, some, drawn, own, batch_size)
+            logps = _reference_logps(members, scored, some, drawn, same, batch_size)
         return [
             Proposed(tuple(map(_proposal, completions, rows)), n, sum(len(one.token_ids) for one in completions))
             for completions, rows in zip(drawn, logps, strict=True)
@@ -125,10 +128,13 @@ def _reference_logps(
     references: ReferenceSet,
     rows: Sequence[PromptRow],
     drawn: Sequence[Sequence[Completion]],
-    own: str,
+    same: Sequence[bool],
     batch_size: int,
 ) -> list[list[tuple[float | None, ...]]]:
-    """log pi_i(y|x), (K,) for every completion of every prompt; None of members without weight for a prompt."""
+    """log pi_i(y|x), (K,) for every completion of every prompt; None of members without weight for a prompt.
+
+    `same` (K,) says which members have the tokenizer that the completions were drawn with.
+    """
     n = len(drawn[0])
     table: list[list[list[float | None]]] = [[[None] * len(references) for _ in range(n)] for _ in rows]
     with members.drawing():
@@ -140,7 +146,7 @@ def _reference_logps(
                 if (row.reference_weights or references.weights or ())[k] > 0:
                     prompt = member.encoder.encode_prompt(row.prompt, member.system_prompt)
                     for j, one in enumerate(drawn[i]):
-                        ids = _ids(member, row, one, own)
+                        ids = one.token_ids if same[k] else member.canonical_ids(row.prompt, one.text)
                         if ids:
                             places.append((i, j))
                             items.append((prompt, ids))
@@ -149,9 +155,10 @@ def _reference_logps(
     return [[tuple(logps) for logps in some] for some in table]
 
 
-def _ids(member: Member, row: PromptRow, one: Completion, own: str) -> tuple[int, ...] | None:
-    same = tokenizer_fingerprint(member.encoder.tokenizer) == own
-    return one.token_ids if same else member.canonical_ids(row.prompt, one.text)
+def _alike(members: Members, tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """Which members have `tokenizer`: asked once, as its vocabulary is read for it."""
+    own = tokenizer_fingerprint(tokenizer)
+    return [one is not None and tokenizer_fingerprint(one.encoder.tokenizer) == own for one in members.members]
 
 
 def anchor_logp(proposal: Proposal, references: ReferenceSet, row: PromptRow) -> float:
