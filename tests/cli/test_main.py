@@ -7,10 +7,9 @@ import json
 import logging
 import re
 import signal
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -18,6 +17,7 @@ import torch
 import yaml
 
 from cli_world import World, some_rows
+from crash import Runs, Warm
 from polyref.cli.main import VERBS
 
 
@@ -76,22 +76,23 @@ def test_validate_reads_the_splits_of_a_folder(world: World) -> None:
     assert f"{world.path / 'saved'}: 1 rows" in named.out and "pairs.jsonl: 12 rows" in named.out
 
 
-def long_training(world: World, where: str) -> list[str]:
+def long_training(world: World, where: str, **settings: Any) -> list[str]:
     """Two references, a fresh adapter, held-out pairs, dropout in the adapter's place: all that a resume has to bring back."""
     members = [{"model": str(world.model), "system_prompt": words} for words in ("Be brief.", "Be kind.")]
-    return world.train(
-        references={"members": members, "weights": [0.25, 0.75], "composition": "arithmetic"},
-        output_dir=world.path / where / "run",
-        cache_dir=world.path / where / "cache",
-        prompt_format="chat",
-        held_out=4,
-        lora={"r": 2, "alpha": 4},
-        learning_rate=0.01,
-        per_device_train_batch_size=2,
-        num_train_epochs=2,
-        logging_steps=1,
-        save_steps=2,
-    )
+    usual = {
+        "references": {"members": members, "weights": [0.25, 0.75], "composition": "arithmetic"},
+        "output_dir": world.path / where / "run",
+        "cache_dir": world.path / where / "cache",
+        "prompt_format": "chat",
+        "held_out": 4,
+        "lora": {"r": 2, "alpha": 4},
+        "learning_rate": 0.01,
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "save_steps": 2,
+    }
+    return world.train(**usual | settings)
 
 
 def outputs(run: Path) -> dict[str, str]:
@@ -151,61 +152,9 @@ def test_ctrl_c_leaves_a_run_that_goes_on(world: World, monkeypatch: pytest.Monk
     assert outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")
 
 
-DRIVER = """
-import json, os, signal, sys
-import torch, peft
-from polyref.cli import train
-from polyref.cli.main import main
-from polyref.training import preference_trainer
-
-command, points = json.loads(sys.argv[1]), int(sys.argv[2])
-
-def counted(owner, name, tick):
-    original = getattr(owner, name)
-    def call(*args, **kwargs):
-        tick()
-        return original(*args, **kwargs)
-    setattr(owner, name, call)
-
-def run(number, kill_at=None):
-    "Exit status and count of writes and steps of a process of its own, which dies at the `kill_at`-th of them."
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        ticks = 0
-        def tick():
-            nonlocal ticks
-            ticks += 1
-            if ticks == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-        for owner, name in ((os, "fsync"), (os, "replace"), (torch, "save"), (torch.Tensor, "backward")):
-            counted(owner, name, tick)
-        code = main([word.replace("NUMBER", str(number)) for word in command])
-        os.write(writer, str(ticks).encode())
-        os._exit(code)
-    os.close(writer)
-    _, status = os.waitpid(child, 0)
-    with open(reader) as file:
-        return os.waitstatus_to_exitcode(status), int(file.read() or 0)
-
-code, ticks = run(0)
-assert code == 0, code
-for number in range(1, points + 1):
-    assert run(number, number * ticks // (points + 1))[0] == -signal.SIGKILL
-    assert run(number)[0] == 0
-"""
-
-
 def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(world: World) -> None:
-    points = 6
-    command = json.dumps(long_training(world, "NUMBER"))
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, command, str(points)], env=world.environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    unbroken = outputs(world.path / "0" / "run")
-    assert len(unbroken) > 5
-    for number in range(1, points + 1):
-        assert outputs(world.path / f"{number}" / "run") == unbroken, number
+    with Warm(world.environment) as warm:
+        Runs(warm, world.path, lambda name: long_training(world, name, cache_dir=None)).survive_kills(6)
 
 
 def test_scoring_twice_finds_everything(world: World, caplog: pytest.LogCaptureFixture) -> None:
