@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cli_world import World, assert_refused, table
+from crash import Warm, spread
 from polyref.training import course
 from polyref.training.likelihood_trainer import LikelihoodTrainer
 
@@ -120,6 +122,22 @@ def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_unbroken_one(world: Wor
             assert world.run(words).code == 1
     assert world.run(words).code == 0
     assert outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")
+
+
+@pytest.mark.slow
+def test_an_adapter_whose_training_is_killed_by_signal_is_the_adapter_of_an_unbroken_one(world: World) -> None:
+    settings = {"held_out": 2, "num_train_epochs": 3, "save_steps": 2, "logging_steps": 2, "lora": {"r": 2, "last_layers": 1}}
+    with Warm(world.environment) as warm:
+        ended = warm.run(fit(world, output_dir=world.path / "unbroken" / "run", **settings))
+        assert ended.code == 0, ended.err
+        whole = outputs(world.path / "unbroken" / "run")
+        assert "model/adapter_model.safetensors" in whole
+        for at in spread(ended.points, 6, seed=0):
+            run = world.path / f"killed-{at}" / "run"
+            killed = warm.run(fit(world, output_dir=run, **settings), "kill", at)
+            assert killed.code == -signal.SIGKILL, killed.err
+            again = warm.run(fit(world, output_dir=run, **settings))
+            assert again.code == 0 and outputs(run) == whole, again.err
 
 
 @table(
