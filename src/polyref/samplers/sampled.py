@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,9 +116,9 @@ def open_draw(references: ReferenceSet, prompts: Sequence[PromptRow], how: Drawi
 
     def draw(some: Sequence[PromptRow]) -> list[Drawn]:
         weights = [row.reference_weights or references.weights for row in some]
-        options = {"method": how.method, "weights": weights, "budget": how.budget, "batch_size": how.batch_size}
-        options["places"] = places(some)
-        return draw_composed(members, [row.prompt for row in some], how.draws, how.parameters, seed=how.seed, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"method": how.method, "budget": how.budget, "batch_size": how.batch_size}
+        options |= {"weights": weights, "places": places(some)}
+        return draw_composed(members, [row.prompt for row in some], how.draws, how.parameters, seed=how.seed, **options)
 
     return draw
 
