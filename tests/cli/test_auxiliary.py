@@ -7,8 +7,6 @@ import logging
 import math
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 import yaml
 
 from cli_world import World, assert_ends_in_one_line, assert_one_line, assert_refused, some_rows
+from crash import Runs, Warm
 from fakes import byte_tokenizer, saved_llama, word_tokenizer
 from judge_world import judging
 from polyref.cli import auxiliary_stages
@@ -239,55 +238,13 @@ def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_unbroken_one(world: Wor
     assert world.run(words).code == 0 and written(world, "broken") == before
 
 
-KILLED = """
-import json, os, signal, sys
-import peft, torch, transformers
-from polyref.cli.main import main
-
-torch.set_num_threads(1)
-replace = os.replace
-
-def run(words, stop=0):
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    count = 0
-    def counted(*paths):
-        nonlocal count
-        count += 1
-        if count == stop and stop % 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(*paths)
-        if count == stop:
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.replace = counted
-    os._exit(main(words))
-
-words, folder = json.loads(sys.argv[1]), sys.argv[2]
-assert run([*words, "--output_dir", f"{folder}/unbroken"]) == 0
-for stop in range(1, 100, 3):
-    own = [*words, "--output_dir", f"{folder}/killed-{stop}"]
-    if run(own, stop) != signal.SIGKILL:
-        break
-    assert run(own) == 0
-"""
-"""Runs `polyref` in children, each killed before (odd) or after (even) a file is put in its place, then again to the end."""
-
-
 @pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_run_with_a_rule_that_is_killed_outright_ends_with_the_same_bytes(world: World) -> None:
-    words = world.auxiliary(output_dir=None, prompts_at_once=3)
-    script = world.file("killed.py", KILLED)
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), json.dumps([str(word) for word in words]), str(world.path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    killed = sorted(path.name for path in world.path.glob("killed-*") if path.is_dir())
-    assert len(killed) > 4
-    for name in killed:
-        assert written(world, name) == written(world, "unbroken"), name
+    with Warm(world.environment) as warm:
+        runs = Runs(warm, world.path, lambda name: world.auxiliary(output_dir=world.path / name / "run", prompts_at_once=3))
+        runs.survive_kills(6)
 
 
 def test_a_fold_that_is_fitted_is_not_fitted_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
