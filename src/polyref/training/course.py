@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def train_and_evaluate(
     suffix = f"-{number}" if number else ""
     before = _evaluated(folder, trainer, dataset, f"before{suffix}", inputs) if held_out else None
     checkpoint = last_checkpoint(stage.folder)
+    if checkpoint and not _told(folder, checkpoint, number):  # an earlier round was done again, and took the lines along
+        shutil.rmtree(checkpoint)
+        checkpoint = None
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
     def keep(row: dict[str, Any]) -> bool:  # the last line is written anew
@@ -48,6 +52,12 @@ def train_and_evaluate(
     _train_from(trainer, checkpoint)
     after = _evaluated(folder, trainer, dataset, f"after{suffix}", inputs) if held_out else None
     return {"shared_prompts": shared, "before": before, "after": after}
+
+
+def _told(folder: RunFolder, checkpoint: Path, number: int) -> bool:
+    """Whether metrics.jsonl has the lines of the steps before `checkpoint`."""
+    logged = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
+    return {line["step"] for line in logged} <= {row["step"] for row in folder.read_metrics() if row.get("round", 0) == number}
 
 
 def _train_from(trainer: Trainer, checkpoint: Path | None) -> None:
