@@ -10,44 +10,14 @@ import time
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fakes import byte_tokenizer, saved_llama
 from judge_world import HOSTILE, faulty, lines, settings, shown
 from polyref.errors import ModelError
 from polyref.rewards.judge import Judge
-from served_world import transformers_serve
+from served_world import saved_verdict_model, transformers_serve
 
 pytestmark = pytest.mark.usefixtures("loopback")
-
-
-def saved_verdict_model(folder, text):
-    """A Llama that after a line break says `text`, whose characters all differ, then <eos>: its head lists successors."""
-    tokenizer = byte_tokenizer()
-    size = len(tokenizer)
-    config = LlamaConfig(
-        vocab_size=size,
-        hidden_size=size + size % 2,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8192,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    ids = [*tokenizer("\n" + text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    with torch.no_grad():
-        for parameter in model.model.layers.parameters():
-            parameter.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(size, config.hidden_size))
-        model.lm_head.weight.zero_()
-        for before, after in zip(ids, ids[1:], strict=False):
-            model.lm_head.weight[after, before] = 1.0
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
