@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cli_world import World, assert_ends_in_one_line, assert_refused, table
+from crash import Point, Runs, Warm, left_by
 from polyref.cli import training_rewards
 from polyref.cli.multistep import make_multistep
 from polyref.cli.multistep_settings import MultistepPrompts, MultistepSettings
@@ -27,12 +23,6 @@ from polyref.errors import ConfigError
 from polyref.loops import generate, pairing, train
 from polyref.rewards.functions import from_function
 from polyref.training.preference_trainer import PreferenceTrainer
-
-
-def outputs(run: Path) -> dict[str, bytes]:
-    """What a run leaves, the lock and what only times differ in aside."""
-    files = [file for file in run.rglob("*") if file.is_file() and file.name not in (".lock", "training_args.bin")]
-    return {str(file.relative_to(run)): file.read_bytes() for file in files}
 
 
 def summary_of(run: Path) -> dict[str, Any]:
@@ -62,8 +52,8 @@ def test_a_run_leaves_a_policy_its_numbers_and_its_page(world: World) -> None:
     assert "Reward against KL" in page and "Proposals against what was kept" in page and "Gold reward against KL" in page
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in metrics] == sorted(row["round"] for row in metrics) and metrics[-1]["round"] == 2
-    before = outputs(run)
-    assert world.run(world.multistep(**settings)).code == 0 and outputs(run) == before
+    before = left_by(run)
+    assert world.run(world.multistep(**settings)).code == 0 and left_by(run) == before
     assert "names the policy's own model" not in outcome.err
     changed = world.run(world.multistep(**settings | {"beta": 3}))
     assert_ends_in_one_line(changed, "made with another configuration: beta 2")
@@ -125,7 +115,7 @@ def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_unbroken_one(
     whole = world.multistep(output_dir=world.path / "unbroken" / "run", save_steps=1, **settings)
     assert world.run(whole).code == 0
     words = world.multistep(output_dir=world.path / "broken" / "run", save_steps=1, **settings)
-    points = [(generate, "write_bytes"), (pairing, "write_rows"), (pairing, "write_bytes"), (train, "save_policy")]
+    points = [(generate, "write_bytes"), (pairing, "write_preferences"), (pairing, "write_bytes"), (train, "save_policy")]
     points += [(PreferenceTrainer, "_save_checkpoint"), (train, "write_bytes")]
     kills = 0
     while True:
@@ -138,28 +128,16 @@ def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_unbroken_one(
         assert outcome.code == 1 and "the same command goes on from here" in outcome.err
         kills += 1
         assert kills < 60
-    assert kills > 5 and outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")
+    assert kills > 5 and left_by(world.path / "broken" / "run") == left_by(world.path / "unbroken" / "run")
 
 
 @pytest.mark.slow
 def test_a_process_killed_by_signal_goes_on_to_the_same_bytes(world: World) -> None:
-    whole = world.multistep(output_dir=world.path / "unbroken" / "run", save_steps=1)
-    assert world.run(whole).code == 0
-    run = world.path / "broken" / "run"
-    words = [
-        sys.executable,
-        "-c",
-        "import sys; from polyref.cli.main import main; sys.exit(main())",
-        *map(str, world.multistep(output_dir=run, save_steps=1)),
-    ]
-    for place in ("stages/propose-1/chunk-000001.json", "stages/train-1/checkpoint-1", "stages/evaluate-1/chunk-000000.json"):
-        process = subprocess.Popen(words, env=world.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (run / place).exists() and process.poll() is None:
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    subprocess.run(words, env=world.environment, check=True, capture_output=True)
-    assert outputs(run) == outputs(world.path / "unbroken" / "run")
+    with Warm(world.environment) as warm:
+        runs = Runs(warm, world.path, lambda name: world.multistep(output_dir=world.path / name / "run", save_steps=1))
+        for at in (Point("name", "propose-1"), Point("step", "train-1"), Point("half", "evaluate-1")):
+            runs.kill("killed", at)
+        runs.goes_on("killed")
 
 
 @table(
