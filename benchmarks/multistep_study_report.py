@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from robust_report import _outcomes as outcomes
+import torch
 
-from polyref.evaluation.winrate import win_rate
+from polyref.evaluation.winrate import crossed_outcomes, win_rate
 from polyref.files import write_bytes
 from polyref.objectives.metrics import mean_interval
 
@@ -65,7 +65,7 @@ def summary(runs: Runs, arm: str, seeds: Sequence[int]) -> dict[str, Any]:
     """Each step over all seeds; intervals are from a bootstrap over prompts, seeds of a prompt together.
 
     Where seeds took unlike numbers of steps, the steps that all of them took, and the last. `over_start` and `over_rso` compare
-    every draw of one policy with every one of the other, by gold.
+    draws of one policy with those of the other, by gold, but for the draws that share their randomness.
     """
     told = [json.loads((runs[arm, seed] / "summary.json").read_text()) for seed in seeds]
     last = [len(one["steps"]) - 1 for one in told]
@@ -108,7 +108,7 @@ def _interval(by_seed: Sequence[np.ndarray]) -> list[float]:
 
 
 def _wins(after: Judged, before: Judged) -> list[float]:
-    found = [outcomes(a["gold"], b["gold"]) for a, b in zip(after, before, strict=True)]
+    found = [crossed_outcomes(*(torch.from_numpy(x["gold"]) for x in two)) for two in zip(after, before, strict=True)]
     names = [str(prompt) for one in found for prompt in range(len(one))]
     return list(win_rate(np.concatenate(found), names, seed=0).rate)
 

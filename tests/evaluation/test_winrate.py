@@ -10,6 +10,7 @@ import torch
 
 from polyref.errors import ConfigError, DataError, InputError, ModelError
 from polyref.evaluation.winrate import (
+    crossed_outcomes,
     majority_outcomes,
     reward_outcomes,
     win_rate,
@@ -127,3 +128,15 @@ def test_a_gold_that_gives_no_number_is_refused():
 
     with pytest.raises(ModelError, match="broken, row 1"):
         win_rate_by_reward(Broken(), PROMPTS, POLICY, BASELINE, seed=0)
+
+
+def test_draws_that_share_their_randomness_are_not_compared():
+    """Both are 0 or 2 by the same coin, the policy 1 more: it wins every coupled draw, and three of four independent ones."""
+    policy, baseline = torch.tensor([[1.0, 3.0], [3.0, 3.0]]), torch.tensor([[0.0, 2.0], [2.0, 2.0]])
+    assert crossed_outcomes(policy, baseline).tolist() == [0.5, 1.0]
+    coins = 2 * torch.randint(0, 2, (500, 8), generator=torch.Generator().manual_seed(0)).double()
+    assert float(crossed_outcomes(coins + 1, coins).mean()) == pytest.approx(0.75, abs=0.02)
+    assert crossed_outcomes(coins, coins).mean() == 0.5
+    assert crossed_outcomes(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [0.0]])).tolist() == [1.0, 0.5]
+    with pytest.raises(ConfigError, match="cannot be compared"):
+        crossed_outcomes(torch.zeros(2, 3), torch.zeros(2, 4))

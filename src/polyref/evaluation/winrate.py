@@ -48,6 +48,21 @@ def reward_outcomes(policy: Tensor, baseline: Tensor, *, tie_within: float = 0.0
     return (torch.where(difference.abs() <= tie_within, 0.0, difference).sign() + 1) / 2
 
 
+def crossed_outcomes(policy: Tensor, baseline: Tensor) -> Tensor:
+    """(P,) float64: the share of comparisons of rewards (P, n) that the policy wins on each prompt, a tie being half a win.
+
+    Each of its n draws is compared with all of the baseline's but that of the same number. Draws of one number may share their
+    randomness (common random numbers): means do not mind, but how often one is above the other is another number then. Of one
+    draw there is no other. Errors: those of `reward_outcomes`.
+    """
+    outcomes = reward_outcomes(policy, baseline)
+    draws = policy.shape[1]
+    if draws == 1:
+        return outcomes[:, 0]
+    every = reward_outcomes(*torch.broadcast_tensors(policy[:, :, None], baseline[:, None, :]))
+    return (every.sum((1, 2)) - outcomes.sum(1)) / (draws * (draws - 1))
+
+
 def majority_outcomes(probabilities: Tensor) -> Tensor:
     """1 where P(policy preferred) is above 1/2, 0 where below, 1/2 at 1/2: (N,) to (N,) float64.
 

@@ -67,7 +67,7 @@ def anchor_of(
     target = stage.folder / "model"
     if not stage.done:
         before = policies[0].source if number == 1 else _saved(policies[0].source, folder, number - 1)
-        averaged = _average(load_causal_lm(before), policies[-1], how.decay)
+        averaged = _average(load_causal_lm(_wide(before)), policies[-1], how.decay)
         save_policy(averaged, load_tokenizer(policies[0].source), target)
         stage.finish([target])
     average = Policy(_saved(policies[0].source, folder, number))
@@ -79,6 +79,11 @@ def _saved(start: ModelSource, folder: RunFolder, number: int) -> ModelSource:
     return replace(start, model=str(path), gguf_file=None, revision=None)
 
 
+def _wide(source: ModelSource) -> ModelSource:
+    """`source` in a dtype in which small changes add up: an average is kept in float32, and rounded only where it is read."""
+    return source if source.dtype == "float64" else replace(source, dtype="float32")
+
+
 @torch.no_grad()
 def _average(before: Any, policy: Policy, decay: float) -> Any:
     """`before` moved to decay w + (1 - decay) w_policy, in float64, an adapter merged into its weights first."""
@@ -86,8 +91,8 @@ def _average(before: Any, policy: Policy, decay: float) -> Any:
     if policy.adapter is not None:
         newest = newest.merge_and_unload()
     there = newest.state_dict()
-    for name, tensor in before.state_dict().items():
-        if tensor.is_floating_point():
+    for name, tensor in (*before.named_parameters(), *before.named_buffers()):  # a tied weight once, under its first name
+        if name in there and tensor.is_floating_point():
             tensor.copy_(decay * tensor.double() + (1 - decay) * there[name].double())
     return before
 

@@ -10,7 +10,7 @@ import torch
 
 from polyref.data.prompt_rows import PromptRow
 from polyref.data.sources import prompt_key
-from polyref.evaluation.winrate import reward_outcomes, win_rate
+from polyref.evaluation.winrate import crossed_outcomes, win_rate
 from polyref.loops.generate import Proposed, finite
 from polyref.loops.policies import anchor_logp
 from polyref.objectives.metrics import mean_interval
@@ -33,8 +33,8 @@ def evaluated(
     `kl` is E[log pi(y|x) - log anchor(y|x)] in nats over the policy's own draws: sum_i a_i KL(pi || pi_i) for a geometric
     composition, which needs no normaliser [MR], KL(pi || M_a) for an arithmetic one. `kl_each` (K,) is KL(pi || pi_i), over the
     prompts that give the reference weight. A completion that a reference could not score, or gives no probability, is left out
-    of both, which then are too small, and counted as `unscored`. `win_rate` compares gold rewards with those of `start`, draw
-    by draw. Intervals are over prompts, one under other weights being the same.
+    of both, which then are too small, and counted as `unscored`. `win_rate` compares gold rewards with those of `start`.
+    Intervals are over prompts, one under other weights being the same.
     """
     rows = [(row, proposal) for row, one in zip(prompts, drawn, strict=True) for proposal in one.proposals]
     clusters = [prompt_key(row.prompt) for row, _ in rows]
@@ -55,7 +55,7 @@ def evaluated(
         "unscored": sum(not math.isfinite(ratio) for ratio in ratios),
         "length": estimate([float(p.tokens) for _, p in rows]),
         "share_ended": sum(p.ended for _, p in rows) / len(rows),
-        "win_rate": _wins(rows, start, gold, seed) if gold is not None and start is not None else None,
+        "win_rate": wins(prompts, drawn, start, 1, seed) if gold is not None and start is not None else None,
     }
 
 
@@ -63,7 +63,10 @@ def _ratio(own: float | None, other: float | None) -> float:
     return math.nan if own is None or other is None else own - other
 
 
-def _wins(rows: Sequence[tuple[PromptRow, Any]], start: Sequence[Proposed], gold: Sequence[float], seed: int) -> Estimate:
-    before = [proposal.rewards[1] for one in start for proposal in one.proposals]
-    outcomes = reward_outcomes(torch.tensor(gold, dtype=torch.float64), torch.tensor(before, dtype=torch.float64))
-    return [finite(end) for end in win_rate(outcomes, [row.prompt for row, _ in rows], seed=seed).rate]
+def wins(prompts: Sequence[PromptRow], drawn: Sequence[Proposed], start: Sequence[Proposed], which: int, seed: int) -> Estimate:
+    """How often completions beat those of `start` to the same prompt by reward number `which`, as in `crossed_outcomes`."""
+    now, before = (
+        torch.tensor([[p.rewards[which] for p in one.proposals] for one in some], dtype=torch.float64)
+        for some in (drawn, start)
+    )
+    return [finite(end) for end in win_rate(crossed_outcomes(now, before), [row.prompt for row in prompts], seed=seed).rate]

@@ -6,12 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from polyref.data.prompt_rows import PromptRow
 from polyref.data.sources import prompt_key
-from polyref.evaluation.winrate import reward_outcomes, win_rate
-from polyref.loops.evaluate import Estimate, evaluated
+from polyref.loops.evaluate import Estimate, evaluated, wins
 from polyref.loops.generate import Proposed, finite
 from polyref.objectives.metrics import mean_interval
 from polyref.references.reference_set import ReferenceSet
@@ -38,7 +35,7 @@ def measured(
     row["distinct"] = _estimate([distinct_share([p.text for p in one.proposals]) for one in drawn], prompts, seed)
     row["distinct_bigrams"] = _estimate([distinct_bigrams([p.text for p in one.proposals]) for one in drawn], prompts, seed)
     if row["win_rate"] is None:
-        row["win_rate"] = _wins(prompts, drawn, start, seed)
+        row["win_rate"] = wins(prompts, drawn, start, 0, seed)
     return row
 
 
@@ -78,11 +75,3 @@ def _last_kl(prompts: Sequence[PromptRow], drawn: Sequence[Proposed], seed: int)
     rows = [(row, p) for row, one in zip(prompts, drawn, strict=True) for p in one.proposals]
     known = [(row, p.own - p.logps[-1]) for row, p in rows if p.own is not None and p.logps[-1] is not None]
     return _estimate([value for _, value in known], [row for row, _ in known], seed)
-
-
-def _wins(prompts: Sequence[PromptRow], drawn: Sequence[Proposed], start: Sequence[Proposed], seed: int) -> Estimate:
-    now, before = (
-        torch.tensor([p.rewards[0] for one in some for p in one.proposals], dtype=torch.float64) for some in (drawn, start)
-    )
-    asked = [row.prompt for row, one in zip(prompts, drawn, strict=True) for _ in one.proposals]
-    return [finite(end) for end in win_rate(reward_outcomes(now, before), asked, seed=seed).rate]
