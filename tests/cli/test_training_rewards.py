@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from cli_world import World, assert_refused, table
+from polyref.cli import training_rewards
+from polyref.cli.preference_source import RewardSource
+from polyref.cli.training_rewards import TrainingRewards
 
 ENSEMBLE = [{"model": "rule:length:words"}, {"model": "rule:length:characters"}]
 
@@ -32,6 +35,18 @@ def test_pessimism_is_subtracted_before_the_tilt_of_a_step(world: World) -> None
     summary = json.loads((run / "summary.json").read_text())
     assert summary["pessimism"] == 0.5 and summary["reward"] == "an ensemble of rule:length:words, rule:length:characters"
     assert "pessimism" in (run / "report.html").read_text()
+
+
+def test_neither_reward_is_loaded_for_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = list[str]()
+    monkeypatch.setattr(training_rewards, "load_reward", lambda source: loaded.append(source.model))
+    own = TrainingRewards(RewardSource("rule:length"), None, 0.0, None, 1.0, RewardSource("rule:length:words"))
+    reward, gold = own.open(list, None, None)
+    reward(), reward()
+    assert loaded == ["rule:length"], "what draws loads no judge, and once is enough"
+    assert gold is not None
+    gold()
+    assert loaded == ["rule:length", "rule:length:words"]
 
 
 @pytest.mark.slow

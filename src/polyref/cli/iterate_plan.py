@@ -17,6 +17,7 @@ from polyref.training.config import PreferenceConfig
 
 if TYPE_CHECKING:
     from polyref.cli.progress import Meter
+    from polyref.cli.training_rewards import Opened
     from polyref.data.prompt_rows import PromptRow
     from polyref.labelling.desk import Desk
     from polyref.loops.iterate import Plan
@@ -41,7 +42,7 @@ def check_training(own: IterateSettings, training: Mapping[str, Any]) -> Prefere
 
 def open_rewards(
     own: IterateSettings, fitted: Callable[[], Sequence[PreferenceRecord]], reward: Reward | None, gold: Reward | None
-) -> Callable[[], Sequence[Reward]]:
+) -> Opened:
     """As `TrainingRewards.open`. ConfigError too for a function without the features that the pairing needs."""
     if own.pairing == "farthest" and reward is not None and not hasattr(reward, "features"):
         raise ConfigError("pairing farthest needs a reward with features", fix="give a RewardModel, or choose another pairing")
@@ -115,7 +116,7 @@ def make_plan(
     own: IterateSettings,
     training: Mapping[str, Any],
     seed: int,
-    rewards: Callable[[], Sequence[Reward]],
+    rewards: Opened,
     labeller: Labeller | None,
     offline: Sequence[PreferenceRecord],
     meter: Meter,
@@ -134,13 +135,14 @@ def make_plan(
     how = Training(own.reference_set, own.source, settings, adapter, [TrainingProgress(meter)], meter)
 
     def apart(earlier: Sequence[PreferenceRecord]) -> Any:
-        features: Any = rewards()[0] if not own.pessimism or own.reward is None else load_reward(own.reward)
+        features: Any = rewards.reward() if not own.pessimism or own.reward is None else load_reward(own.reward)
         return feature_distances(features, earlier, own.ridge)
 
     return Plan(
         model=own.source,
         references=own.reference_set,
-        open_rewards=rewards,
+        open_reward=rewards.reward,
+        open_gold=rewards.gold,
         beta=own.beta,
         rounds=own.rounds,
         batch=own.prompts_per_round,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,10 @@ from polyref.training.config import PreferenceConfig
 
 if TYPE_CHECKING:
     from polyref.cli.progress import Meter
+    from polyref.cli.training_rewards import Opened
     from polyref.data.prompt_rows import PromptRow
     from polyref.loops.multistep import Plan
     from polyref.references.reference_set import ReferenceSet
-    from polyref.rewards.protocols import Reward
     from polyref.scoring.models import ModelSource
 
 _REFUSED: dict[str, tuple[object, str]] = {
@@ -80,9 +80,7 @@ def drawing_inputs(
     return inputs
 
 
-def make_plan(
-    own: MultistepSettings, training: Mapping[str, Any], seed: int, rewards: Callable[[], Sequence[Reward]], meter: Meter
-) -> Plan:
+def make_plan(own: MultistepSettings, training: Mapping[str, Any], seed: int, rewards: Opened, meter: Meter) -> Plan:
     """The plan of the loop."""
     from polyref.cli.progress import TrainingProgress
     from polyref.loops.multistep import Plan
@@ -101,7 +99,8 @@ def make_plan(
     return Plan(
         model=own.source,
         references=own.anchor,
-        open_rewards=rewards,
+        open_reward=rewards.reward,
+        open_gold=rewards.gold,
         beta=own.beta,
         steps=own.equal_steps,
         acceptance=own.acceptance,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polyref.cli.preference_source import RewardSource
 from polyref.cli.sample_stages import load_reward
@@ -15,6 +15,13 @@ from polyref.errors import ConfigError
 if TYPE_CHECKING:
     from polyref.rewards.protocols import Reward
     from polyref.types import PreferenceRecord
+
+
+class Opened(NamedTuple):
+    """What gives the training reward, and the gold one where there is one: each loaded when first asked for, and only then."""
+
+    reward: Callable[[], Reward]
+    gold: Callable[[], Reward] | None
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,8 @@ class TrainingRewards:
         chosen, rejected = [one.chosen for one in fitted], [one.rejected for one in fitted]
         return pessimistic(FeatureUncertainty.fit(reward, prompts, chosen, rejected, ridge=self.ridge), self.pessimism)
 
-    def open(
-        self, fitted: Callable[[], Sequence[PreferenceRecord]], reward: Reward | None, gold: Reward | None
-    ) -> Callable[[], Sequence[Reward]]:
-        """What gives the training reward and the gold one, if any, loaded when first asked. ConfigError for none, or for two.
+    def open(self, fitted: Callable[[], Sequence[PreferenceRecord]], reward: Reward | None, gold: Reward | None) -> Opened:
+        """What gives the training reward and the gold one. ConfigError for no training reward, or for two of either.
 
         `reward` and `gold` stand in for those that are not named; `fitted` gives the pairs of bonus_data.
         """
@@ -96,12 +101,16 @@ class TrainingRewards:
         if not self.named and reward is None:
             raise ConfigError("no reward is given", fix="name a reward model or a rule as reward.model")
 
-        @cache
-        def opened() -> Sequence[Reward]:
-            judge = gold if self.gold is None else load_reward(self.gold)
-            return [one for one in (self.load(fitted()) if self.named else reward, judge) if one is not None]
+        raised = cache(lambda: self.load(fitted()) if reward is None else reward)
 
-        return opened
+        @cache
+        def judge() -> Reward:
+            if gold is not None:
+                return gold
+            assert self.gold is not None
+            return load_reward(self.gold)
+
+        return Opened(raised, None if self.gold is None and gold is None else judge)
 
     def inputs(self, fitted: Sequence[PreferenceRecord], given: Mapping[str, Any]) -> dict[str, str]:
         """What rewards depend on, by the words that a refusal uses for it; `given` are functions, None where there is none."""

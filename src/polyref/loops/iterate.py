@@ -40,14 +40,15 @@ Row = dict[str, Any]
 class Plan:
     """What a run does, whatever it does it to.
 
-    `open_rewards` gives the reward and, if there is one, the gold reward, which no stage but evaluation asks for. `labeller`
-    labels pairs where the reward does not; `apart` makes distances of the pairs of earlier rounds, for the pairing farthest.
-    `batch` prompts are a round's own, None: all are every round's. `told` is told of each row.
+    `open_gold` gives the gold reward, if there is one, which no stage but evaluation asks for. `labeller` labels pairs where
+    the reward does not; `apart` makes distances of the pairs of earlier rounds, for the pairing farthest. `batch` prompts are a
+    round's own, None: all are every round's. `told` is told of each row.
     """
 
     model: ModelSource
     references: ReferenceSet
-    open_rewards: Callable[[], Sequence[Reward]]
+    open_reward: Callable[[], Reward]
+    open_gold: Callable[[], Reward] | None
     beta: float
     rounds: int
     batch: int | None
@@ -172,7 +173,7 @@ def _draw(
     cast = Cast(policies, plan.references, plan.model, plan.batch_size)
     opened = open_agent(agent, cast, prompts, _seed(plan, name, number))
     options: Row = {"prompts_at_once": plan.prompts_at_once, "progress": plan.progress}
-    found = generate(stage, prompts, opened, lambda: plan.open_rewards()[:1], **options)
+    found = generate(stage, prompts, opened, lambda: [plan.open_reward()], **options)
     outputs |= stage.outputs
     return found
 
@@ -218,7 +219,9 @@ def _evaluate(
         draw = from_policy(policy, plan.model, rows, plan.eval_completions, plan.parameters, scored=references, **options)
         return lambda some: draw(with_anchor(plan.references, anchor, some)[1])
 
-    drawn = generate(stage, prompts, open_draw, plan.open_rewards, prompts_at_once=plan.prompts_at_once, progress=plan.progress)
+    openers = [one for one in (plan.open_reward, plan.open_gold) if one is not None]
+    how: Row = {"prompts_at_once": plan.prompts_at_once, "progress": plan.progress}
+    drawn = generate(stage, prompts, open_draw, lambda: [one() for one in openers], **how)
     moving = anchor is not plan.references
     return drawn, measured(prompts, drawn, drawn if start is None else start, plan.references, moving=moving, seed=plan.seed)
 

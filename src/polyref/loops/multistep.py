@@ -38,13 +38,14 @@ Row = dict[str, Any]
 class Plan:
     """What a multi-step run does, whatever it does it to.
 
-    `steps` equal in 1/beta, or adapted to `acceptance`, at most `most_steps`. `open_rewards` gives the reward and, if there is
-    one, the gold reward.
+    `steps` equal in 1/beta, or adapted to `acceptance`, at most `most_steps`. `open_gold` gives the gold reward, if there is
+    one, which evaluation alone asks for.
     """
 
     model: ModelSource
     references: ReferenceSet
-    open_rewards: Callable[[], Sequence[Reward]]
+    open_reward: Callable[[], Reward]
+    open_gold: Callable[[], Reward] | None
     beta: float
     steps: int | None
     acceptance: float | None
@@ -127,7 +128,7 @@ def _propose(
         return from_policy(policy, plan.model, prompts, plan.proposals, plan.parameters, **options)
 
     options: Row = {"prompts_at_once": plan.prompts_at_once, "progress": plan.progress}
-    proposed = generate(stage, prompts, open_draw, lambda: plan.open_rewards()[:1], **options)
+    proposed = generate(stage, prompts, open_draw, lambda: [plan.open_reward()], **options)
     return proposed, inputs | stage.outputs
 
 
@@ -147,7 +148,9 @@ def _evaluate(
     def open_draw() -> Draw:
         return from_policy(policy, plan.model, prompts, plan.eval_completions, plan.parameters, **options)
 
-    drawn = generate(stage, prompts, open_draw, plan.open_rewards, prompts_at_once=plan.prompts_at_once, progress=plan.progress)
+    openers = [one for one in (plan.open_reward, plan.open_gold) if one is not None]
+    how: Row = {"prompts_at_once": plan.prompts_at_once, "progress": plan.progress}
+    drawn = generate(stage, prompts, open_draw, lambda: [one() for one in openers], **how)
     return drawn, evaluated(prompts, drawn, start if start is not None else drawn, plan.references, seed=plan.seed)
 
 
