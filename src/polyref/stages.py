@@ -225,7 +225,11 @@ class RunFolder:
         rows = self.read_metrics()
         kept = [row for row in rows if keep(row)]
         if len(kept) < len(rows):
-            write_bytes(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            self.write_metrics(kept)
+
+    def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write `rows` in place of all that there are, in one write."""
+        write_bytes(self.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _check_config(self, may_change: Collection[str]) -> None:
         path = self.path / "config.yaml"

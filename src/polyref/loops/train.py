@@ -71,7 +71,7 @@ def train(
 
     A training that was interrupted goes on from its newest checkpoint. `inputs` are those of the stage. `at` says where
     `policy` stands; by default it moved after round 1. Its lines of metrics.jsonl are kept in the stage too, and put back where
-    they are missing.
+    one of them is missing.
     """
     trained = policy.trained(stage.folder / "model", how.adapter is not None)
     told, metrics = stage.folder / "training.json", stage.folder / "metrics.json"
@@ -95,13 +95,25 @@ def train(
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         about = {"train_pairs": len(trainer.train_dataset), "train_loss": losses[-1] if losses else None}
         write_bytes(told, json.dumps(about).encode())
-        rows = [row for row in folder.read_metrics() if row.get("round") == number]
-        write_bytes(metrics, json.dumps(rows).encode())
+        write_bytes(metrics, json.dumps(_lines(folder.read_metrics(), number)).encode())
         stage.finish([stage.folder / "model", told, metrics])
     for checkpoint in stage.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    if all(row.get("round") != number for row in folder.read_metrics()):
-        for row in json.loads(metrics.read_text()):
-            folder.append_metrics(row)
+    _put_back(folder, json.loads(metrics.read_text()), number)
     about = json.loads(told.read_text())
     return trained, about
+
+
+def _lines(rows: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """Those of the training of round `number`, without the one that says how it was judged."""
+    return [row for row in rows if row.get("round") == number and "eval_reward" not in row]
+
+
+def _put_back(folder: RunFolder, lines: list[dict[str, Any]], number: int) -> None:
+    """Make `lines` those of the training of round `number` in metrics.jsonl, all in one write; nothing where they are there."""
+    rows = folder.read_metrics()
+    own = _lines(rows, number)
+    if own != lines:
+        before = [row for row in rows if row.get("round", 0) < number]
+        after = [row for row in rows if row.get("round", 0) >= number and row not in own]
+        folder.write_metrics([*before, *lines, *after])
