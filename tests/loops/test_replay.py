@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from polyref.data.sources import load_preferences
-from polyref.errors import ConfigError, DataError
+from polyref.errors import ConfigError, DataError, ModelError
 from polyref.labelling import Desk, Vote
 from polyref.labelling.pairs import left_of
-from polyref.loops.label import Paused, by_model, by_person, label
+from polyref.loops.label import Labeller, Paused, by_model, by_person, label
 from polyref.loops.measure import distinct_bigrams, distinct_share
 from polyref.loops.replay import Replay, mixed
 from polyref.loops.uncertain import feature_distances
@@ -49,7 +49,7 @@ def test_all_rounds_and_all_offline_pairs_are_replayed_unless_told_otherwise() -
 def test_a_models_labels_turn_sides_and_ends_and_leave_out_what_it_does_not_know(tmp_path: Path) -> None:
     some = records("file", 3)
     with RunFolder(tmp_path / "run", {}) as folder:
-        labeller = by_model(lambda pairs: torch.tensor([0.25, 0.75, math.nan], dtype=torch.float64))
+        labeller = by_model(lambda pairs: torch.tensor([0.25, 0.75, math.nan], dtype=torch.float64), "three")
         found, counts = label(folder.stage("label-1"), some, labeller, 1)
         assert [(one.chosen, one.chosen_probability) for one in found] == [(" bad 1", 0.75), (" good 2", 0.75)]
         assert ends_of(found) == [(True, False), (False, True)] and counts == {"pairs": 2, "ties": 0, "unlabelled": 1}
@@ -57,6 +57,24 @@ def test_a_models_labels_turn_sides_and_ends_and_leave_out_what_it_does_not_know
         assert again == (found, counts)
         with pytest.raises(DataError, match="none of 3 pairs of round 2 has a label"):
             label(folder.stage("label-2"), some, lambda *_: [], 2)
+
+
+def test_a_model_that_fails_is_named_and_a_mended_one_goes_on(tmp_path: Path) -> None:
+    some, says = records("file", 2), "asker: failed on 2 pairs: {}; mend it; the same command goes on from here"
+
+    def asking(error: Exception) -> Labeller:
+        def ask(pairs: object) -> torch.Tensor:
+            raise error
+
+        return by_model(ask, "asker")
+
+    with RunFolder(tmp_path / "run", {}) as folder:
+        with pytest.raises(ModelError, match=f"^{says.format('RuntimeError: server down for now')}$"):
+            label(folder.stage("label-1"), some, asking(RuntimeError("server down\nfor now")), 1)
+        with pytest.raises(DataError, match="^ours, as it is$"):
+            label(folder.stage("label-1"), some, asking(DataError("ours, as it is")), 1)
+        found, _ = label(folder.stage("label-1"), some, by_model(lambda pairs: torch.ones(len(pairs)), "asker"), 1)
+    assert [one.chosen_probability for one in found] == [1.0, 1.0]
 
 
 def test_people_are_asked_until_all_have_a_vote_and_no_vote_is_lost(tmp_path: Path) -> None:
@@ -97,6 +115,10 @@ def test_pairs_are_far_apart_where_earlier_pairs_say_little() -> None:
     earlier = [PreferenceRecord("p", "aaaa", "")] * 6  # S = diag(1 + 96, 1)
     (apart,) = feature_distances(TwoFeatures(), earlier, 1.0)(scored)
     assert apart[0].tolist() == pytest.approx([0, 2 / math.sqrt(97), 1])
+    broken = TwoFeatures()
+    broken.features = lambda prompts, completions: torch.full((len(prompts), 2), math.nan)  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match="not finite"):
+        feature_distances(broken, [], 1.0)(scored)
 
 
 def test_diversity_counts_different_texts_and_neighbours() -> None:

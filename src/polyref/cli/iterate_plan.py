@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from polyref.labelling.desk import Desk
     from polyref.loops.iterate import Plan
     from polyref.loops.label import Labeller
+    from polyref.rewards.cross_fit import Comparison
     from polyref.rewards.protocols import PreferenceModel, Reward
     from polyref.types import PreferenceRecord
 
@@ -98,11 +99,15 @@ def open_labeller(
     if own.label != "model":
         return None
     if preference is not None:
-        return by_model(lambda pairs: preference(*map(list, zip(*((p.prompt, p.first, p.second) for p in pairs), strict=True))))
+
+        def asked(pairs: Sequence[Comparison]) -> Any:
+            return preference(*map(list, zip(*((p.prompt, p.first, p.second) for p in pairs), strict=True)))
+
+        return by_model(asked, preference.name)
     source = own.labeller
     assert source is not None
     ready = cache(lambda: stack.enter_context(opened(source, [], folder / "judge.jsonl")))
-    return by_model(lambda pairs: ready()(pairs))
+    return by_model(lambda pairs: ready()(pairs), f"labeller {source.kind}")
 
 
 def check_labeller(own: IterateSettings, preference: PreferenceModel | None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,14 +121,21 @@ def _scored(prompts: Sequence[PromptRow], drawn: Sequence[Proposed], rewards: Se
 
 
 def _rewards(reward: Reward, prompts: Sequence[Text], completions: Sequence[Text]) -> Any:
-    """What `reward` gives. ModelError where it fails by an error of its own."""
+    with blaming(reward.name, f"{len(completions)} completions"):
+        found = reward(prompts, completions)
+    return found
+
+
+@contextmanager
+def blaming(who: str, given: str) -> Iterator[None]:
+    """ModelError, in one line, for an error of the body that is not one of ours: `who` failed on what it was `given`."""
     try:
-        return reward(prompts, completions)
+        yield
     except PolyrefError:
         raise
     except Exception as error:
-        what = f"failed on {len(completions)} completions: {type(error).__name__}: {error}"
-        raise ModelError(what, where=reward.name, fix="mend it; the same command goes on from here") from error
+        what = f"failed on {given}: {type(error).__name__}: {error}"
+        raise ModelError(what, where=who, fix="mend it; the same command goes on from here") from error
 
 
 def _with(one: Proposed, rewards: Sequence[tuple[float, ...]]) -> Proposed:

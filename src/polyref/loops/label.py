@@ -14,6 +14,7 @@ from polyref.data.write import write_preferences
 from polyref.errors import DataError
 from polyref.files import write_bytes
 from polyref.labelling import Desk, Votes, label_records, pairs_of
+from polyref.loops.generate import blaming
 from polyref.rewards.cross_fit import Comparison
 from polyref.stages import Stage
 from polyref.types import PreferenceRecord
@@ -43,12 +44,17 @@ def label(
     return load_preferences(file), json.loads(counts.read_text())
 
 
-def by_model(ask: Callable[[Sequence[Comparison]], Any]) -> Labeller:
-    """Soft labels: the probability that `ask` gives, NaN for none, chosen and rejected swapped where it is below 1/2."""
+def by_model(ask: Callable[[Sequence[Comparison]], Any], name: str) -> Labeller:
+    """Soft labels: the probability that `ask` gives, NaN for none, chosen and rejected swapped where it is below 1/2.
+
+    ModelError that names `name` where it fails.
+    """
 
     def labelled(records: Sequence[PreferenceRecord], number: int) -> list[PreferenceRecord]:
         asked = [Comparison(one.prompt, one.chosen, one.rejected) for one in records]
-        rows = zip(records, ask(asked).tolist(), strict=True)
+        with blaming(name, f"{len(asked)} pairs"):
+            found = ask(asked).tolist()
+        rows = zip(records, found, strict=True)
         sides = [(one, p) if p >= 0.5 else (turned(one), 1 - p) for one, p in rows if p == p]
         return [replace(one, chosen_probability=p, margin=None) for one, p in sides]
 
