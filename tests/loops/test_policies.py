@@ -9,7 +9,9 @@ import pytest
 
 from fakes import saved_llama
 from polyref.data.prompt_rows import PromptRow
+from polyref.errors import ConfigError
 from polyref.loops import policies
+from polyref.loops.agents import Agent, check_agent
 from polyref.loops.policies import Policy, from_policy
 from polyref.references.reference_set import Reference, ReferenceSet
 from polyref.samplers.engine import SamplingParameters
@@ -32,3 +34,10 @@ def test_the_vocabulary_of_a_reference_is_read_once_however_many_completions_it_
         for proposal in one.proposals:
             plain, brief = proposal.logps
             assert plain == pytest.approx(proposal.own, abs=1e-4) and brief is not None and brief != plain
+
+
+def test_a_reference_is_not_called_what_an_agent_is() -> None:
+    references = ReferenceSet((Reference("model", name="start"),))
+    with pytest.raises(ConfigError, match="enhancer.who is start, which a reference is called too"):
+        check_agent(Agent("start", 1, SamplingParameters(4)), references, "enhancer.who")
+    check_agent(Agent("policy", 1, SamplingParameters(4)), references, "enhancer.who")

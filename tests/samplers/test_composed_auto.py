@@ -9,11 +9,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from enumerable_lm import enumerable, exact_laws, p_value
+from fakes import tiny_llama
+from polyref import Reference, ReferenceSet
 from polyref.errors import ConfigError
 from polyref.samplers.composed import draw_composed
 from polyref.samplers.composed_values import Drawn
 from polyref.samplers.engine import SamplingParameters
-from polyref.samplers.members import Members
+from polyref.samplers.members import Members, load_members
 
 WEIGHTS, PROMPT, LENGTH = (0.5, 0.3, 0.2), "ab", 3
 
@@ -33,6 +35,15 @@ def test_an_ample_budget_draws_exactly_and_a_small_one_weighs_particles(members)
     (weighted,) = draw(members, [PROMPT], 100, budget=600)
     assert weighted.method == "smc" and not weighted.exact and 0 < len(weighted.samples) < 100
     assert "particles: a budget of" in weighted.note and weighted.calls <= 600
+
+
+def test_references_that_hardly_agree_are_drawn_as_particles_within_the_usual_budget(tiny_tokenizer):
+    models = [tiny_llama(tiny_tokenizer, seed=seed).double() for seed in (1, 2)]
+    for model in models:
+        model.lm_head.weight.data *= 40
+    members = load_members(ReferenceSet(tuple(Reference(model, tokenizer=tiny_tokenizer) for model in models)))
+    (drawn,) = draw_composed(members, [PROMPT], 4, SamplingParameters(6), seed=0)
+    assert drawn.method == "smc" and len(drawn.samples) >= 4
 
 
 @pytest.mark.parametrize("budget", [1, 8, 9, 35, 36, 80, 150, 400])

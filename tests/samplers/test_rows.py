@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -84,3 +86,14 @@ def test_rows_leave_in_place_until_many_columns_are_of_no_use(tokenizer: PreTrai
         assert order == [2, 1] and kept.cache is rows.cache and kept.mask.shape == (2, 50)
         kept, order = kept.drop([0])
         assert order == [1] and kept.cache is not rows.cache and kept.mask.shape == (1, 9)
+
+
+def test_a_row_that_is_held_lets_go_of_the_room_of_those_it_was_read_with(tokenizer: PreTrainedTokenizerFast) -> None:
+    model: Any = tiny_llama(tokenizer, seed=3)
+    with torch.inference_mode():
+        rows = Rows.read(model, [[4] * 10] * 8, "model")
+        rooms = weakref.WeakSet(rows.cache.layers[0]._roomy)
+        held = rows.pick([7])
+        del rows
+        gc.collect()
+    assert len(held.mask) == 1 and not rooms

@@ -47,8 +47,16 @@ def _explanations(settings: type[TrainingArguments]) -> dict[str, str]:
     return {name: text.replace("%", "%%") for name, text in (described | helps).items()}
 
 
+def check_resumable(values: Mapping[str, Any]) -> None:
+    """ConfigError for an option of training under which a run that was killed would end otherwise than an unbroken one."""
+    for name in ("save_only_model", "ignore_data_skip"):
+        if values.get(name):
+            raise ConfigError(f"{name} would make a resumed run another one", fix="leave it out: the run keeps only the model")
+
+
 def run_folder_of(values: dict[str, Any]) -> Path:
-    """The run folder that `values` name, once nothing among them is a secret."""
+    """The run folder that `values` name, once nothing among them is a secret, or keeps a run from being taken up again."""
+    check_resumable(values)
     if given := sorted(name for name in SECRETS if values.pop(name) is not None):
         raise ConfigError(f"{given[0]} is a secret, and settings are kept in the run folder", fix="set HF_TOKEN instead")
     if not values["output_dir"].strip():

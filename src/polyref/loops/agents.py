@@ -60,6 +60,9 @@ class Cast:
 
 def check_agent(agent: Agent, references: ReferenceSet, who: str) -> None:
     """ConfigError for an agent that is nobody, or asks for what a reference does not do."""
+    known = agent.who in ("policy", "start", "earlier", "references")
+    if known and agent.who in {member.label for member in references.members}:
+        raise ConfigError(f"{who} is {agent.who}, which a reference is called too", fix="give the reference another name")
     if agent.who in ("policy", "start", "earlier"):
         return
     if agent.who != "references" and [member.label for member in references.members].count(agent.who) != 1:

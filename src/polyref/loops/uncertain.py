@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from polyref.loops.pairing import Apart
-from polyref.rewards.uncertainty import FeatureReward, pair_covariance
+from polyref.rewards.uncertainty import FeatureReward, checked_features, pair_covariance
 from polyref.samplers.pairing import Floats
 from polyref.samplers.pairs import Scored
 from polyref.types import PreferenceRecord
@@ -23,12 +23,12 @@ def feature_distances(reward: FeatureReward, earlier: Sequence[PreferenceRecord]
 
     def apart(scored: Sequence[Scored]) -> Sequence[Floats]:
         asked = [one.prompt for one in scored for _ in one.completions]
-        phi = reward.features(asked, [text for one in scored for text in one.completions]).to(torch.float64)
+        phi = checked_features(reward, asked, [text for one in scored for text in one.completions])
         first = second = phi[:0]
         if earlier:
             prompts = [one.prompt for one in earlier]
-            first = reward.features(prompts, [one.chosen for one in earlier])
-            second = reward.features(prompts, [one.rejected for one in earlier])
+            first = checked_features(reward, prompts, [one.chosen for one in earlier])
+            second = checked_features(reward, prompts, [one.rejected for one in earlier])
         factor = torch.linalg.cholesky(pair_covariance(first, second, ridge))
         whitened = torch.linalg.solve_triangular(factor, phi.T, upper=False).T
         parts = whitened.split([len(one.completions) for one in scored])

@@ -85,7 +85,7 @@ class FeatureUncertainty:
         finite.
         """
         check_rows(reward.name, prompts, first, second)
-        phi = _features(reward, [*prompts, *prompts], [*first, *second])
+        phi = checked_features(reward, [*prompts, *prompts], [*first, *second])
         one, two = phi.tensor_split(2)
         nu = phi.mean(0) if nu is None else nu.detach().cpu().to(torch.float64)
         if nu.shape != phi.shape[1:] or not nu.isfinite().all():
@@ -103,7 +103,7 @@ class FeatureUncertainty:
 
     def uncertainty(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Tensor:
         """|phi - nu|_{S^-1} of N completions: (N,) float64, in reward units once multiplied by c."""
-        return inverse_norm(_features(self.reward, prompts, completions), self.nu, self.matrix)
+        return inverse_norm(checked_features(self.reward, prompts, completions), self.nu, self.matrix)
 
     def moments(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Moments:
         """The reward and its uncertainty; the model runs once for both where the reward is a `RewardModel`."""
@@ -122,7 +122,8 @@ class FeatureUncertainty:
         return known and f"features 1 {xxhash.xxh3_128_hexdigest(numbers)} of {known}"
 
 
-def _features(reward: FeatureReward, prompts: Sequence[Text], completions: Sequence[Text]) -> Tensor:
+def checked_features(reward: FeatureReward, prompts: Sequence[Text], completions: Sequence[Text]) -> Tensor:
+    """The features of N completions, (N, D) float64 on the CPU. ModelError for another number of rows, or one not finite."""
     rows = check_rows(reward.name, prompts, completions)
     return _checked(reward.features(prompts, completions), rows, reward.name)
 

@@ -35,8 +35,7 @@ def draw_auto(members: Sequence[Member], tasks: Sequence[Task], budgets: Sequenc
 
 
 def _promised(pilot: Drawn, n: int) -> float:
-    """The calls that n acceptances will take; infinite where the budget did not cover a pilot."""
-    if not pilot.proposals:
+    """The calls that n acceptances will take; infinite where a pilot that accepted nothing, or was not made, promises none."""
+    if not pilot.accepted:
         return float("inf")
-    rate = (pilot.accepted + 0.5) / (pilot.proposals + 1)
-    return n / rate * pilot.calls / pilot.proposals
+    return n * (pilot.proposals + 1) / (pilot.accepted + 0.5) * pilot.calls / pilot.proposals

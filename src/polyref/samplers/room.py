@@ -34,6 +34,11 @@ class RoomyLayer(DynamicLayer):
                     kept[b] = kept[a]
             self.keys, self.values = (kept[:rows] for kept in self._kept)
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows, which let go of the room that they were in."""
+        super().batch_select_indices(indices)
+        self._roomy = (None, None)
+
     def join(self, other: RoomyLayer) -> None:
         """Add the rows of `other` behind these, the shorter of both padded in front."""
         if self.is_initialized:
