@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cli_world import World, assert_refused, table
 from polyref.cli import training_rewards
 from polyref.cli.preference_source import RewardSource
 from polyref.cli.training_rewards import TrainingRewards
+from polyref.errors import ConfigError
+from polyref.rewards.functions import from_function
+from polyref.rewards.protocols import Reward
+from polyref.types import PreferenceRecord, Text
 
 ENSEMBLE = [{"model": "rule:length:words"}, {"model": "rule:length:characters"}]
 
@@ -39,14 +45,42 @@ def test_pessimism_is_subtracted_before_the_tilt_of_a_step(world: World) -> None
 
 def test_neither_reward_is_loaded_for_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = list[str]()
-    monkeypatch.setattr(training_rewards, "load_reward", lambda source: loaded.append(source.model))
+
+    def load(source: RewardSource) -> Reward:
+        loaded.append(source.model)
+        return from_function(lambda prompt, text: 0.0, source.model)
+
+    monkeypatch.setattr(training_rewards, "load_reward", load)
     own = TrainingRewards(RewardSource("rule:length"), None, 0.0, None, 1.0, RewardSource("rule:length:words"))
-    reward, gold = own.open(list, None, None)
-    reward(), reward()
+    reward, gold, _ = own.open(list, None, None)
+    assert reward() is reward()
     assert loaded == ["rule:length"], "what draws loads no judge, and once is enough"
-    assert gold is not None
-    gold()
+    assert gold is not None and gold() is gold()
     assert loaded == ["rule:length", "rule:length:words"]
+
+
+class Lettered:
+    """A reward with one feature, the number of letters."""
+
+    name, fingerprint = "lettered", "1"
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text]) -> torch.Tensor:
+        return self.features(prompts, completions).sum(-1)
+
+    def features(self, prompts: Sequence[Text], completions: Sequence[Text]) -> torch.Tensor:
+        return torch.tensor([[float(len(str(y)))] for y in completions], dtype=torch.float64)
+
+
+def test_pessimism_of_a_function_is_subtracted_or_refused() -> None:
+    own, fitted = TrainingRewards(None, None, 2.0, "pairs.jsonl", 1.0, None), [PreferenceRecord("p", "aaa", "a")]
+    opened = own.open(lambda: fitted, Lettered(), None)
+    bonus = 2.0 * 4 / 5**0.5  # nu = 2, S = 1 + 2 * 2
+    assert opened.reward()(["p"], ["abcdef"])[0] == pytest.approx(6 - bonus)
+    assert opened.plain is not None and opened.plain()(["p"], ["abcdef"])[0] == 6
+    with pytest.raises(ConfigError, match="pessimism is 2, and the reward is a function without features"):
+        own.open(lambda: fitted, from_function(lambda prompt, text: 0.0, "flat"), None)
+    unchanged = TrainingRewards(None, None, 0.0, None, 1.0, None).open(list, Lettered(), None)
+    assert unchanged.reward()(["p"], ["abcdef"])[0] == 6
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from polyref.cli.iterate_settings import IterateSettings
 from polyref.cli.multistep_plan import drawing_inputs, training_settings
-from polyref.cli.sample_stages import load_reward
 from polyref.cli.settings import peft_config
 from polyref.errors import ConfigError
 from polyref.training.config import PreferenceConfig
@@ -140,7 +139,8 @@ def make_plan(
     how = Training(own.reference_set, own.source, settings, adapter, [TrainingProgress(meter)], meter)
 
     def apart(earlier: Sequence[PreferenceRecord]) -> Any:
-        features: Any = rewards.reward() if not own.pessimism or own.reward is None else load_reward(own.reward)
+        assert rewards.plain is not None  # the settings refuse the features of an ensemble
+        features: Any = rewards.plain()
         return feature_distances(features, earlier, own.ridge)
 
     return Plan(

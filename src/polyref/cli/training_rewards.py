@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from polyref.cli.preference_source import RewardSource
 from polyref.cli.sample_stages import load_reward
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 
 class Opened(NamedTuple):
-    """What gives the training reward, and the gold one where there is one: each loaded when first asked for, and only then."""
+    """What gives the training reward, and the gold one where there is one: each loaded when first asked for, and only then.
+
+    `plain` gives the one reward before its uncertainty is subtracted, which has features if it is a model; None of an ensemble.
+    """
 
     reward: Callable[[], Reward]
     gold: Callable[[], Reward] | None
+    plain: Callable[[], Reward] | None
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,11 @@ class TrainingRewards:
             return f"an ensemble of {', '.join(one.model for one in self.ensemble)}"
         return self.reward.model if self.reward is not None else "a function"
 
-    def load(self, fitted: Sequence[PreferenceRecord]) -> Reward:
-        """The one reward or the mean of the ensemble, less `pessimism` times its uncertainty beside the pairs `fitted`."""
+    def load(self, fitted: Sequence[PreferenceRecord], plain: Reward | None = None) -> Reward:
+        """The one reward or the mean of the ensemble, less `pessimism` times its uncertainty beside the pairs `fitted`.
+
+        `plain` is the one reward where it is loaded already.
+        """
         from polyref.rewards.ensemble import RewardEnsemble
         from polyref.rewards.pessimism import pessimistic
         from polyref.rewards.uncertainty import FeatureUncertainty
@@ -83,25 +90,32 @@ class TrainingRewards:
             ensemble = RewardEnsemble(tuple(map(load_reward, self.ensemble)))
             ensemble = ensemble.centred_on(prompts, [one.chosen for one in fitted]) if fitted else ensemble
             return pessimistic(ensemble, self.pessimism) if self.pessimism else ensemble
-        assert self.reward is not None
+        reward: Any = self._plain() if plain is None else plain
         if not self.pessimism:
-            return load_reward(self.reward)
-        reward: Any = load_reward(self.reward)
+            return cast("Reward", reward)
         chosen, rejected = [one.chosen for one in fitted], [one.rejected for one in fitted]
         return pessimistic(FeatureUncertainty.fit(reward, prompts, chosen, rejected, ridge=self.ridge), self.pessimism)
+
+    def _plain(self) -> Reward:
+        assert self.reward is not None
+        return load_reward(self.reward)
 
     def open(self, fitted: Callable[[], Sequence[PreferenceRecord]], reward: Reward | None, gold: Reward | None) -> Opened:
         """What gives the training reward and the gold one. ConfigError for no training reward, or for two of either.
 
-        `reward` and `gold` stand in for those that are not named; `fitted` gives the pairs of bonus_data.
+        `reward` and `gold` stand in for those that are not named; `fitted` gives the pairs of bonus_data. ConfigError too for
+        pessimism of a function without features.
         """
         for name, by_name, given in (("reward", self.named, reward), ("gold", self.gold is not None, gold)):
             if by_name and given is not None:
                 raise ConfigError(f"{name} is given twice, by name and as a function", fix="give one of them")
         if not self.named and reward is None:
             raise ConfigError("no reward is given", fix="name a reward model or a rule as reward.model")
-
-        raised = cache(lambda: self.load(fitted()) if reward is None else reward)
+        if self.pessimism and reward is not None and not hasattr(reward, "features"):
+            fix = "give one with features, or one that is pessimistic already, and leave pessimism out"
+            raise ConfigError(f"pessimism is {self.pessimism:g}, and the reward is a function without features", fix=fix)
+        plain = cache(lambda: self._plain() if reward is None else reward)
+        raised = cache(lambda: self.load(fitted(), plain() if self.ensemble is None else None))
 
         @cache
         def judge() -> Reward:
@@ -110,7 +124,8 @@ class TrainingRewards:
             assert self.gold is not None
             return load_reward(self.gold)
 
-        return Opened(raised, None if self.gold is None and gold is None else judge)
+        judged = self.gold is not None or gold is not None
+        return Opened(raised, judge if judged else None, plain if self.ensemble is None else None)
 
     def inputs(self, fitted: Sequence[PreferenceRecord], given: Mapping[str, Any]) -> dict[str, str]:
         """What rewards depend on, by the words that a refusal uses for it; `given` are functions, None where there is none."""
