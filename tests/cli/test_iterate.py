@@ -28,6 +28,7 @@ def test_rounds_leave_a_policy_their_numbers_and_a_page(world: World) -> None:
     settings = {"lora": {"r": 2}, "gold": {"model": "rule:length"}}
     outcome = world.run(world.iterate(**settings))
     assert outcome.code == 0, outcome.err
+    assert caplog.text.count("2 judged prompts are too few for intervals: over-optimisation does not end this run") == 1
     run = world.path / "iterate"
     summary = summary_of(run)
     assert summary["anchor"] == "the original references, in every round" and summary["final_round"] == 2

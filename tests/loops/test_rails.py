@@ -8,7 +8,7 @@ import pytest
 
 from polyref.errors import ConfigError
 from polyref.loops import rails
-from polyref.loops.rails import Change, Limits, Stop
+from polyref.loops.rails import LEAST_PROMPTS, Change, Limits, Stop, told_before
 
 
 def row(number: int, reward: float = 0.0, gold: float | None = 0.0, kl: float = 0.1, length: float = 10.0) -> dict[str, Any]:
@@ -27,8 +27,8 @@ def apart(rows: list[dict[str, Any]]) -> Change:
     return change
 
 
-def stopped(rows: list[dict[str, Any]], limits: Limits) -> Stop | None:
-    return rails.stopped(rows, limits, apart(rows))
+def stopped(rows: list[dict[str, Any]], limits: Limits, prompts: int = LEAST_PROMPTS) -> Stop | None:
+    return rails.stopped(rows, limits, apart(rows), prompts)
 
 
 def rows(**columns: list[float]) -> list[dict[str, Any]]:
@@ -55,6 +55,24 @@ def test_over_optimisation_is_gold_that_falls_while_the_proxy_rises_for_so_many_
     open_ended = rows(reward=proxy, gold=gold)
     open_ended[-1]["gold"] = [0.4, None, None]
     assert stopped(open_ended, Limits(patience=2)) is None
+
+
+def test_a_few_prompts_give_no_interval_that_ends_a_run() -> None:
+    falling = rows(reward=[0.0, 1.0, 2.0, 3.0], gold=[0.0, 1.0, 0.5, 0.4], kl=[0.1, 0.1, 0.1, 3.0])
+    limits = Limits(patience=2)
+    assert stopped(falling, limits) is not None and stopped(falling, limits, LEAST_PROMPTS - 1) is None
+    assert (stop := stopped(falling, Limits(kl=2.0), 1)) is not None and stop.rail == "KL budget", "a mean needs no interval"
+
+
+def test_what_a_rail_cannot_do_is_told_before_the_first_round() -> None:
+    few = told_before(row(0), Limits(), LEAST_PROMPTS - 1)
+    assert few == ["7 judged prompts are too few for intervals: over-optimisation does not end this run; hold out 8 or more"]
+    quiet = ((row(0), Limits(), LEAST_PROMPTS), (row(0, gold=None), Limits(), 1), (row(0), Limits(patience=None), 1))
+    assert not any(told_before(*one) for one in quiet), "enough prompts, no gold reward, or no rail"
+    (line,) = told_before(row(0, gold=None, kl=14.2), Limits(kl=8.0), 1)
+    assert "the start's KL to the anchor is 14.2 nats, above the budget of 8 already" in line
+    assert not told_before(row(0, gold=None, kl=8.0), Limits(kl=8.0), 1)
+    assert not told_before(row(0, gold=None) | {"kl_anchor": None}, Limits(kl=8.0), 1)
 
 
 def test_lengths_may_drift_by_a_factor_either_way() -> None:

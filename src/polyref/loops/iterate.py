@@ -6,6 +6,7 @@ all rounds and the offline ones against the anchor, by default the ORIGINAL refe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import xxhash
 
 from polyref.data.prompt_rows import PromptRow
+from polyref.data.sources import prompt_key
 from polyref.loops.agents import Agent, Cast, merged, open_agent, refuse_flat, staying
 from polyref.loops.anchors import Anchor, anchor_of, under, with_anchor
 from polyref.loops.evaluate import Estimate
@@ -22,7 +24,7 @@ from polyref.loops.label import Labeller, label
 from polyref.loops.measure import mean_change, measured
 from polyref.loops.pairing import Apart, Pairing, pair
 from polyref.loops.policies import Policy, from_policy
-from polyref.loops.rails import Limits, Stop, stopped
+from polyref.loops.rails import Limits, Stop, stopped, told_before
 from polyref.loops.replay import Pairs, Replay, mixed
 from polyref.loops.train import Start, Training, train
 from polyref.references.reference_set import ReferenceSet
@@ -34,6 +36,8 @@ from polyref.stages import RunFolder, plain
 from polyref.types import PreferenceRecord
 
 Row = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ def iterate(
     `inputs` are those of the run.
     """
     judged = held_out or prompts
+    different = len({prompt_key(row.prompt) for row in judged})
     policies, pairs, outputs = [Policy(plan.model)], list[Pairs](), dict(inputs)
     anchor, _ = anchor_of(folder, plan.anchor, policies, plan.references, outputs)
     start, row = _evaluate(folder, plan, policies[0], judged, None, anchor, outputs, 0)
@@ -104,6 +109,8 @@ def iterate(
         return mean_change(judged, drawn[before], drawn[after], which, seed=plan.seed)
 
     _record(folder, plan, rows[0])
+    for line in told_before(rows[0], plan.limits, different):
+        logger.warning("%s", line)
     for number in range(1, plan.rounds + 1):
         counts = _pairs(folder, plan, policies, batch_of(prompts, plan, number), pairs, outputs, number)
         anchor, more = anchor_of(folder, plan.anchor, policies, plan.references, outputs)
@@ -114,7 +121,7 @@ def iterate(
         drawn.append(now)
         rows.append({"round": number} | counts | about | row)
         _record(folder, plan, rows[-1])
-        if (stop := stopped(rows, plan.limits, change)) is not None:
+        if (stop := stopped(rows, plan.limits, change, different)) is not None:
             break
     return Outcome(policies, rows, stop)
 

@@ -17,6 +17,10 @@ Row = Mapping[str, Any]
 Change = Callable[[str, int, int], Sequence[float | None]]
 """The mean change, with its interval, of the `reward` or the `gold` one from a round to another: [mean, low, high]."""
 
+LEAST_PROMPTS = 8
+"""Judged prompts below which an interval is none: nothing may have changed, and one change in four lies below 0 of 2 prompts'
+95% intervals, one in ten of 4 prompts', one in twenty of 8 (one in forty, if they were exact). Simulated, of normal changes."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -47,9 +51,25 @@ class Stop:
     why: str
 
 
-def stopped(rows: Sequence[Row], limits: Limits, change: Change) -> Stop | None:
-    """The first rail that the last of `rows`, the start first, breaks; None where it breaks none."""
-    return over_kl_budget(rows, limits) or over_optimised(rows, limits, change) or drifted(rows, limits)
+def stopped(rows: Sequence[Row], limits: Limits, change: Change, prompts: int) -> Stop | None:
+    """The first rail that the last of `rows`, the start first, breaks; None where it breaks none.
+
+    Of fewer than `LEAST_PROMPTS` different `prompts` no interval is believed, and over-optimisation is not looked for.
+    """
+    optimised = over_optimised(rows, limits, change) if prompts >= LEAST_PROMPTS else None
+    return over_kl_budget(rows, limits) or optimised or drifted(rows, limits)
+
+
+def told_before(start: Row, limits: Limits, prompts: int) -> list[str]:
+    """What is to be said of the rails before round 1, of a start that was judged on so many different `prompts`."""
+    lines, kl = [], start["kl_anchor"]
+    if limits.kl is not None and kl is not None and kl[0] > limits.kl:
+        over = f"the start's KL to the anchor is {kl[0]:.3g} nats, above the budget of {limits.kl:g} already"
+        lines.append(f"{over}: unless round 1 comes below it, the run ends there with the start; raise kl_budget")
+    if limits.patience is not None and start["gold"] is not None and prompts < LEAST_PROMPTS:
+        few = f"{prompts} judged prompts are too few for intervals"
+        lines.append(f"{few}: over-optimisation does not end this run; hold out {LEAST_PROMPTS} or more")
+    return lines
 
 
 def over_kl_budget(rows: Sequence[Row], limits: Limits) -> Stop | None:
