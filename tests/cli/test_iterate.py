@@ -24,7 +24,7 @@ def summary_of(run: Path) -> dict[str, Any]:
     return summary
 
 
-def test_rounds_leave_a_policy_their_numbers_and_a_page(world: World) -> None:
+def test_rounds_leave_a_policy_their_numbers_and_a_page(world: World, caplog: pytest.LogCaptureFixture) -> None:
     settings = {"lora": {"r": 2}, "gold": {"model": "rule:length"}}
     outcome = world.run(world.iterate(**settings))
     assert outcome.code == 0, outcome.err
@@ -116,7 +116,8 @@ def test_an_over_optimised_run_ends_with_the_policy_before_and_says_so(world: Wo
 
     monkeypatch.setattr(loop, "measured", falling)
     monkeypatch.setattr(loop, "mean_change", change)
-    outcome = world.run(world.iterate(rounds=5, gold={"model": "rule:length"}, prompts_at_once=32))
+    world.pairs(*({"prompt": f"question {i}?", "chosen": "yes", "rejected": "no"} for i in range(12)))
+    outcome = world.run(world.iterate(rounds=5, gold={"model": "rule:length"}, prompts_at_once=32, held_out=8))
     assert outcome.code == 0, outcome.err
     run = world.path / "iterate"
     summary = summary_of(run)
