@@ -161,15 +161,23 @@ def test_functions_reward_label_and_pair_by_uncertainty(world: World) -> None:
     assert all(one.chosen_probability is not None and len(one.chosen) >= len(one.rejected) for one in labelled)
 
 
-def test_people_vote_in_a_file_and_the_run_goes_on(world: World) -> None:
+def vote_in(sheet: Path, vote: str) -> None:
+    with sheet.open(newline="", encoding="utf-8-sig") as file:
+        header, *rows = csv.reader(file)
+    with sheet.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *([*row[:-1], vote] for row in rows)])
+
+
+def test_people_vote_in_a_file_change_their_minds_and_the_run_goes_on(world: World) -> None:
     words = quick(world, label="human", label_how="file")
     outcome = world.run(words)
     sheet = world.path / "iterate" / "annotate-1.csv"
     assert outcome.code == 0 and not (world.path / "iterate" / "summary.json").exists()
-    with sheet.open(newline="", encoding="utf-8-sig") as file:
-        header, *rows = csv.reader(file)
-    with sheet.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *([*row[:-1], "A"] for row in rows)])
+    for _ in range(2):
+        vote_in(sheet, "skip")
+        skipped = world.run(words)
+        assert_ends_in_one_line(skipped, "pairs of round 1 were skipped", "annotate-1.csv and run the same command again")
+    vote_in(sheet, "A")
     outcome = world.run(words)
     assert outcome.code == 0, outcome.err
     summary = summary_of(world)

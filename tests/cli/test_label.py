@@ -120,6 +120,34 @@ def test_votes_of_a_page_and_of_a_file_add_up(world: World, voting: Callable[[st
     assert labelled(world)[:6] == [("no ", 0.5)] * 5 + [("yes", 1.0)]
 
 
+def test_a_file_that_is_there_is_read_though_every_pair_has_a_vote(world: World, voting: Callable[[str], None]) -> None:
+    said(world.run(words(world, how="file")))
+    voting("yes")
+    said(world.run(words(world)))
+    assert labelled(world) == [("yes", 1.0)] * 12
+    fill_in(world.path / "labels" / "annotate.csv", lambda row: "A" if row["A"].startswith("no") else "B")
+    said(world.run(words(world, how="file")))
+    assert labelled(world) == [("no ", 1.0)] * 12, "what the file says replaces what was said on the page"
+
+
+@pytest.mark.parametrize("how", ["page", "file"])
+def test_where_all_was_skipped_the_same_command_asks_again(how: str, world: World, voting: Callable[[str], None]) -> None:
+    sheet = world.path / "labels" / "annotate.csv"
+    said(world.run(words(world, how="file")))
+    fill_in(sheet, lambda row: "skip")
+    skips = world.run(words(world, how="file"))
+    assert_ends_in_one_line(skips, "no pair has a label: 12 votes, all of them skips", "or in annotate.csv")
+    sheet.unlink()
+    if how == "page":
+        voting("yes")
+        said(world.run(words(world)))
+    else:
+        said(world.run(words(world, how="file")))
+        fill_in(sheet, lambda row: "A" if row["A"].startswith("yes") else "B")
+        said(world.run(words(world, how="file")))
+    assert labelled(world) == [("yes", 1.0)] * 12
+
+
 def test_more_pairs_ask_for_what_is_missing_only(world: World, voting: Callable[[str], None]) -> None:
     rows = [{"prompt": f"question {i}?", "chosen": f"yes, {i}", "rejected": f"no {i}"} for i in range(5)]
     world.pairs(*rows[:3])

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from labelling_world import some_pairs
 from polyref.errors import ConfigError, RunFolderError
+from polyref.labelling import Desk
 from polyref.labelling.votes import Vote, Votes, check_annotator
 
 
@@ -101,6 +103,24 @@ def test_threads_lose_nothing(tmp_path: Path) -> None:
         list(pool.map(votes.cast, given))
     with Votes(tmp_path / "votes.jsonl") as votes:
         assert sorted(map(repr, votes.all())) == sorted(map(repr, given))
+
+
+def test_skipped_pairs_are_asked_about_again_only_where_nothing_at_all_has_a_label(tmp_path: Path) -> None:
+    with Votes(tmp_path / "votes.jsonl") as votes:
+        first, second = pairs = some_pairs(2)
+        ann, bob = (Desk(pairs, votes, seed=0, annotator=name) for name in ("ann", "bob"))
+        votes.cast(Vote("gone", "first", "first", "ann"))  # of a pair that the data no longer holds
+        bob.vote(first.id, "skip")
+        ann.vote(first.id, "skip")
+        ann.ask_again()
+        assert ann.missing() == [second], "half-way through nothing is asked again"
+        ann.vote(second.id, "skip")
+        ann.ask_again()
+        assert ann.missing() == pairs and bob.missing() == [second] and "gone" in votes.of("ann")
+        ann.vote(first.id, "tie")
+        ann.vote(second.id, "skip")
+        ann.ask_again()
+        assert ann.missing() == []
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "a b", "é", "x" * 65, "-a", "a\n"])

@@ -79,22 +79,17 @@ def open_labeller(
     own: IterateSettings, preference: PreferenceModel | None, folder: Path, seed: int, stack: ExitStack
 ) -> Labeller | None:
     """Who labels where the reward does not: a preference model, loaded when first asked, or a person."""
-    from polyref.cli.label import ask_in_file, ask_on_page
+    from polyref.cli.label import ask
     from polyref.cli.preference_source import opened
     from polyref.loops.label import by_model, by_person
 
     if own.label == "human":
         sheet = f"annotate{'-' if own.annotator else ''}{own.annotator}"
 
-        def ask(desk: Desk, number: int) -> str:
-            file = folder / f"{sheet}-{number}.csv"
-            if own.label_how == "page":
-                ask_on_page(desk, own.port)
-            else:
-                ask_in_file(desk, file)
-            return f"fill in {file} and run the same command again"
+        def vote(desk: Desk, number: int) -> str:
+            return ask(desk, own.label_how, folder / f"{sheet}-{number}.csv", own.port)
 
-        return by_person(folder, ask, seed=seed, annotator=own.annotator, question=own.question)
+        return by_person(folder, vote, seed=seed, annotator=own.annotator, question=own.question)
     if own.label != "model":
         return None
     if preference is not None:

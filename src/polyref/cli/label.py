@@ -52,17 +52,31 @@ def label(own: LabelSettings, source: PairSettings, config: dict[str, Any]) -> d
         _refuse_existing(folder, own)
         with Votes(run_dir / "votes.jsonl") as votes:
             desk = Desk(pairs_of(records), votes, seed=own.seed, annotator=own.annotator, question=own.question)
-            if desk.missing() and not own.finish:
-                logger.info("%d of %d pairs have a vote", desk.total - len(desk.missing()), desk.total)
-                if own.how == "page":
-                    ask_on_page(desk, own.port)
-                else:
-                    ask_in_file(desk, run_dir / own.sheet_name)
+            if not own.finish:
+                ask(desk, own.how, run_dir / own.sheet_name, own.port)
             if (missing := desk.missing()) and not own.finish:
                 logger.info("%d of %d pairs still lack a vote", len(missing), desk.total)
                 return None
             counted = [vote for vote in votes.all() if vote.id in desk.pairs]
         return _finish(folder, own, records, counted)
+
+
+def ask(desk: Desk, how: str, file: Path, port: int) -> str:
+    """Ask about what lacks a vote, on the page or in `file`, which is read whenever it is there; says what is to be done next.
+
+    Where every vote there is is a skip, these pairs are asked about again.
+    """
+    if how == "page" or not file.exists():
+        desk.ask_again()
+    if missing := desk.missing():
+        logger.info("%d of %d pairs have a vote", desk.total - len(missing), desk.total)
+    if how == "file":
+        if missing or file.exists():
+            ask_in_file(desk, file)
+        return f"vote in {file} and run the same command again"
+    if missing:
+        ask_on_page(desk, port)
+    return "run the same command again, and vote"
 
 
 def ask_on_page(desk: Desk, port: int) -> None:
@@ -115,7 +129,8 @@ def _finish(folder: RunFolder, own: LabelSettings, records: list[PreferenceRecor
     labelled, missing = label_records(records, votes)
     if not labelled:
         what = f"no pair has a label: {len(votes)} votes, all of them skips" if votes else "no pair has a vote"
-        raise DataError(what, where=str(folder.path / "votes.jsonl"), fix="run it without finish, and vote")
+        fix = f"run it again without finish, and vote on the page or in {own.sheet_name}"
+        raise DataError(what, where=str(folder.path / "votes.jsonl"), fix=fix)
     inputs = {"pairs": content_digest(plain(records)), "votes": content_digest(plain(votes))}
     stage, names = folder.stage("write", inputs), [own.file_name, "summary.json"]
     if stage.done:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from polyref.errors import DataError
+from polyref.labelling.labels import shares
 from polyref.labelling.pairs import Pair, Place, left_of, sides
 from polyref.labelling.votes import Vote, Votes, check_annotator
 from polyref.types import Text
@@ -100,6 +101,13 @@ class Desk:
                 self.votes.take_back(mine[key])
                 self.changed.notify_all()
         return self.next() if key is None else self._state(self.pairs[key], len(self.missing()))
+
+    def ask_again(self) -> None:
+        """Ask about the annotator's skipped pairs again, where every pair has a vote and no vote gives any of them a label."""
+        if not self.missing() and not shares(vote for vote in self.votes.all() if vote.id in self.pairs):
+            for id, vote in self.votes.of(self.annotator).items():
+                if id in self.pairs:
+                    self.votes.take_back(vote)
 
     def wait(self, told: Callable[[int, int], None] | None = None, *, grace: float = 0.0) -> None:
         """Return once all pairs have had a vote for `grace` seconds, telling (done, total) after each vote."""

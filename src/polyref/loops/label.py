@@ -24,7 +24,7 @@ Labeller = Callable[[Sequence[PreferenceRecord], int], list[PreferenceRecord]]
 
 
 class Paused(Exception):
-    """A person has yet to vote: `str` says where. The same command goes on."""
+    """A person has yet to vote: `str` says how. The same command goes on."""
 
 
 def label(
@@ -62,17 +62,21 @@ def by_model(ask: Callable[[Sequence[Comparison]], Any], name: str) -> Labeller:
 
 
 def by_person(folder: Path, ask: Callable[[Desk, int], str], *, seed: int, annotator: str, question: str) -> Labeller:
-    """Shares of the votes in `folder`/votes-ROUND.jsonl, where `ask` gets those that are missing, and says where.
+    """Shares of the votes in `folder`/votes-ROUND.jsonl, where `ask` gets those that are missing, and says what to do next.
 
     The votes lie beside the stages, which may be done again: none is lost. Paused while `annotator` has not voted on all.
+    DataError where all of them are skips: the next `ask` may change that.
     """
 
     def labelled(records: Sequence[PreferenceRecord], number: int) -> list[PreferenceRecord]:
         with Votes(folder / f"votes-{number}.jsonl") as votes:
             desk = Desk(pairs_of(records), votes, seed=seed, annotator=annotator, question=question)
-            where = ask(desk, number) if desk.missing() else ""
+            then = ask(desk, number)
             if missing := desk.missing():
-                raise Paused(f"{len(missing)} of {desk.total} pairs of round {number} still lack a vote: {where}")
-            return label_records(records, [vote for vote in votes.all() if vote.id in desk.pairs])[0]
+                raise Paused(f"{len(missing)} of {desk.total} pairs of round {number} still lack a vote: {then}")
+            found, _ = label_records(records, [vote for vote in votes.all() if vote.id in desk.pairs])
+            if not found:
+                raise DataError(f"all {desk.total} pairs of round {number} were skipped: none has a label", fix=then)
+            return found
 
     return labelled
