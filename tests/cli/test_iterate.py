@@ -46,7 +46,9 @@ def test_rounds_leave_a_policy_their_numbers_and_a_page(world: World, caplog: py
     assert [row["round"] for row in metrics if "eval_reward" in row] == [0, 1, 2]
     assert [row["round"] for row in metrics] == sorted(row["round"] for row in metrics)
     manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["stages"]["write"]["info"]["anchor"] == summary["anchor"]
+    for name in ("train-1", "train-2", "write"):
+        info = manifest["stages"][name]["info"]
+        assert info["anchor"] == summary["anchor"] and info["dtypes"] == summary["dtypes"]
     before = left_by(run)
     (run / "stages/train-1/model/adapter_model.safetensors").write_bytes(b"torn")
     assert world.run(world.iterate(**settings)).code == 0 and left_by(run) == before, "a torn file is made again"

@@ -40,6 +40,9 @@ def test_a_run_leaves_a_policy_its_numbers_and_its_page(world: World) -> None:
     assert summary["anchor"] == "the original references, at every step" and summary["references"][1] == "brief"
     assert [row["step"] for row in summary["steps"]] == [0, 1, 2] and summary["reached"]
     assert [row["beta"] for row in summary["steps"]] == [None, 4.0, 2.0] and summary["judged_on"] == "2 held-out prompts"
+    manifest = json.loads((run / "manifest.json").read_text())
+    told = {name: summary[name] for name in ("anchor", "dtypes")}
+    assert told == manifest["stages"]["train-1"]["info"] and told["dtypes"]["references"] == ["float32", "float32"]
     first, second = summary["steps"][1:]
     assert first["step_beta"] == second["step_beta"] == 4.0 and second["acceptance"] is None and second["scored"] == 32
     assert all(row["kl"][0] is not None and len(row["kl_each"]) == 2 for row in summary["steps"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyref.cli.iterate_settings import IterateSettings
-from polyref.cli.multistep_plan import drawing_inputs, training_settings
+from polyref.cli.multistep_plan import drawing_inputs, held_to, training_settings
 from polyref.cli.settings import peft_config
 from polyref.errors import ConfigError
 from polyref.training.config import PreferenceConfig
@@ -131,7 +131,8 @@ def make_plan(
 
     settings = partial(training_settings, training)
     adapter = None if own.lora is None else partial(peft_config, own.lora)
-    how = Training(own.reference_set, own.source, settings, adapter, [TrainingProgress(meter)], meter)
+    held = held_to(own.moving.told, own.source, own.reference_set)
+    how = Training(own.reference_set, own.source, settings, adapter, [TrainingProgress(meter)], meter, held)
 
     def apart(earlier: Sequence[PreferenceRecord]) -> Any:
         assert rewards.plain is not None  # the settings refuse the features of an ensemble

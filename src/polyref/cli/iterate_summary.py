@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyref.cli.iterate_settings import IterateSettings
+from polyref.cli.multistep_plan import held_to
 from polyref.cli.multistep_summary import judges_of
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ def summary_of(
         "references": [member.label for member in members],
         "weights": list(own.reference_set.weights or ()),
         "composition": own.reference_set.composition,
-        "anchor": own.moving.told,
-        "dtypes": {"policy": own.dtype, "references": [member.scoring_dtype for member in members]},
+        **held_to(own.moving.told, own.source, own.reference_set),
         "reward": own.rewards.told,
         "pessimism": own.pessimism,
         "gold": own.gold.model if own.gold is not None else None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyref.cli.multistep_settings import MultistepSettings
 from polyref.cli.settings import peft_config
-from polyref.cli.training_run import DEFAULTS
+from polyref.cli.training_run import DEFAULTS, check_resumable
 from polyref.errors import ConfigError
 from polyref.training.config import PreferenceConfig
 
@@ -44,11 +44,21 @@ def check_training(own: MultistepSettings, training: Mapping[str, Any]) -> Prefe
 
 
 def training_settings(training: Mapping[str, Any], beta: float, folder: str) -> PreferenceConfig:
-    """The configuration of one training. ConfigError for an option that there is none of."""
+    """The configuration of one training. ConfigError for an option that there is none of, or under which no run resumes."""
+    check_resumable(training)
     try:
         return PreferenceConfig(**DEFAULTS | dict(training) | {"beta": beta, "output_dir": folder})
     except TypeError as error:
         raise ConfigError(str(error), where="training settings", fix="name options of PreferenceConfig") from error
+
+
+ANCHOR = "the original references, at every step"
+
+
+def held_to(anchor: str, source: ModelSource, references: ReferenceSet) -> dict[str, Any]:
+    """What manifest and summary say of the KL: the `anchor` in words, and the dtypes of the policy and of each reference."""
+    dtypes = {"policy": source.dtype, "references": [member.scoring_dtype for member in references.members]}
+    return {"anchor": anchor, "dtypes": dtypes}
 
 
 def drawing_inputs(
@@ -95,6 +105,7 @@ def make_plan(own: MultistepSettings, training: Mapping[str, Any], seed: int, re
         None if own.lora is None else partial(peft_config, own.lora),
         [TrainingProgress(meter)],
         meter,
+        held_to(ANCHOR, own.source, own.anchor),
     )
     return Plan(
         model=own.source,

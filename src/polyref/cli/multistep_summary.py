@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyref.cli.multistep_plan import ANCHOR, held_to
 from polyref.cli.multistep_settings import MultistepSettings
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     Row = Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
-
-ANCHOR = "the original references, at every step"
 
 
 def summary_of(
@@ -38,7 +37,7 @@ def summary_of(
         "references": [member.label for member in own.anchor.members],
         "weights": list(own.anchor.weights or ()),
         "composition": own.anchor.composition,
-        "anchor": ANCHOR,
+        **held_to(ANCHOR, own.source, own.anchor),
         "reward": own.rewards.told,
         "pessimism": own.pessimism,
         "loss_type": args.loss_type,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import TrainerCallback
@@ -45,6 +45,7 @@ class Training:
 
     `references` are the anchor, never the policy of the step before. `settings` makes the configuration of a training from its
     beta and the folder of its checkpoints; `adapter` makes the PEFT configuration of the first, None where all weights train.
+    `told` is what the manifest says of each.
     """
 
     references: ReferenceSet
@@ -53,6 +54,7 @@ class Training:
     adapter: Callable[[Any], Any] | None
     callbacks: Sequence[TrainerCallback]
     progress: Progress
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -96,7 +98,7 @@ def train(
         about = {"train_pairs": len(trainer.train_dataset), "train_loss": losses[-1] if losses else None}
         write_bytes(told, json.dumps(about).encode())
         write_bytes(metrics, json.dumps(_lines(folder.read_metrics(), number)).encode())
-        stage.finish([stage.folder / "model", told, metrics])
+        stage.finish([stage.folder / "model", told, metrics], info=how.told)
     for checkpoint in stage.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     _put_back(folder, json.loads(metrics.read_text()), number)
