@@ -23,6 +23,7 @@ from polyref.rewards.preference_model import from_reward
 from polyref.types import PreferenceRecord, Text
 
 LETTERS = from_function(lambda prompt, text: float(len(str(text))), "letters", "1")
+from polyref.samplers import composed_auto
 
 
 SLOW = (pytest.mark.slow, pytest.mark.ci)
@@ -71,7 +72,23 @@ def test_members_and_earlier_policies_are_enhancers(world: World, who: str) -> N
     outcome = world.run(quick(world, enhancer={"who": who, "completions": 1}, completions=1, references={"members": members}))
     assert outcome.code == 0, outcome.err
     main, other = drawn(world, "generate-1"), drawn(world, "enhance-1")
-    assert main != other and summary_of(world)["rounds"][1]["completions"] >= 6
+    row = summary_of(world)["rounds"][1]
+    assert main != other and row["completions"] >= 6 and row["inexact_prompts"] == row["short_prompts"] == 0
+
+
+def test_particles_of_the_references_are_pairs_by_their_weights_and_are_told(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(composed_auto, "_promised", lambda pilot, n: float("inf"))  # too far apart to be drawn exactly
+    members = [{"model": str(world.model)}, {"model": str(world.model), "system_prompt": "be brief", "name": "brief"}]
+    outcome = world.run(quick(world, enhancer={"who": "references", "completions": 4}, references={"members": members}))
+    assert outcome.code == 0, outcome.err
+    assert "enhancer references: 3 of 3 prompts are drawn by particles" in caplog.text
+    row = summary_of(world)["rounds"][1]
+    assert (row["inexact_prompts"], row["short_prompts"], row["note"]) == (3, 0, "")
+    assert "The enhancer drew for 3 prompts by particles" in (world.path / "iterate" / "report.html").read_text()
+    rows = json.loads((world.path / "iterate/stages/enhance-1/chunk-000000.json").read_text())
+    assert any(len({one["log_weight"] for one in prompt["proposals"]}) > 1 for prompt in rows)
 
 
 @slow

@@ -5,18 +5,24 @@ Each is a policy and a way to draw. Source: the practice of iterative preference
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from polyref.data.prompt_rows import PromptRow
+import torch
+
+from polyref.data.prompt_rows import PromptRow, places_among
 from polyref.errors import ConfigError, DataError
 from polyref.loops.generate import Draw, Proposed
 from polyref.loops.policies import Policy, from_policy, from_references
 from polyref.references.reference_set import ReferenceSet
 from polyref.samplers.engine import SamplingParameters
-from polyref.samplers.sampled import Drawing
+from polyref.samplers.sampled import Drawing, stream
+from polyref.samplers.weights import systematic
 from polyref.scoring.models import ModelSource
+
+logger = logging.getLogger(__name__)
 
 STAYS = ("all", "best", "worst")
 
@@ -108,10 +114,47 @@ def staying(one: Proposed, agent: Agent) -> list[int]:
     return [rewards.index((max if agent.stays == "best" else min)(rewards))]
 
 
+def equal_draws(
+    prompts: Sequence[PromptRow], drawn: Sequence[Proposed], agent: Agent, seed: int
+) -> tuple[list[Proposed], dict[str, Any]]:
+    """`drawn` with weighted particles resampled to `agent.n` that count alike, and what is to be told of a round's row.
+
+    `inexact_prompts` are those of particles, `short_prompts` those with fewer completions than asked; `note` is the first one.
+    Which particles are taken is a number of each prompt under its own weights and in its place among equal ones.
+    """
+    rows = zip(prompts, drawn, places_among(prompts)(prompts), strict=True)
+    found = [_resampled(row, one, agent.n, seed, place) if _weighted(one) else one for row, one, place in rows]
+    inexact, short = sum(not one.exact for one in drawn), sum(len(one.proposals) < agent.n for one in found)
+    note = next((one.note for one in drawn if one.note), "")
+    told = {"inexact_prompts": inexact, "short_prompts": short, "note": note}
+    if inexact or short:
+        of = "enhancer %s: %d of %d prompts are drawn by particles, which is approximate; %d got fewer than %d completions%s"
+        first = note and f"; the first says: {note}"
+        logger.warning(of, agent.who, inexact, len(drawn), short, agent.n, first)
+    return found, told
+
+
+def _weighted(one: Proposed) -> bool:
+    return bool(one.proposals) and (not one.exact or any(proposal.log_weight for proposal in one.proposals))
+
+
+def _resampled(row: PromptRow, one: Proposed, n: int, seed: int, place: int) -> Proposed:
+    log_weights = torch.tensor([proposal.log_weight for proposal in one.proposals], dtype=torch.float64)
+    uniform = float(stream(seed, "resample", row.prompt, row.reference_weights, place).random())
+    chosen = systematic(log_weights, n, uniform).tolist()
+    return replace(one, proposals=tuple(replace(one.proposals[i], log_weight=0.0) for i in chosen), exact=False)
+
+
 def merged(main: Sequence[Proposed], enhancer: Sequence[Proposed]) -> tuple[list[Proposed], list[list[int]]]:
     """The proposals of both for each prompt, those of `main` first, and who made each: 0 or 1."""
     both = [
-        Proposed(one.proposals + other.proposals, one.drawn + other.drawn, one.calls + other.calls)
+        Proposed(
+            one.proposals + other.proposals,
+            one.drawn + other.drawn,
+            one.calls + other.calls,
+            one.exact and other.exact,
+            "; ".join(note for note in (one.note, other.note) if note),
+        )
         for one, other in zip(main, enhancer, strict=True)
     ]
     groups = [[0] * len(one.proposals) + [1] * len(other.proposals) for one, other in zip(main, enhancer, strict=True)]

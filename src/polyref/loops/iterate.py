@@ -16,7 +16,7 @@ import xxhash
 
 from polyref.data.prompt_rows import PromptRow
 from polyref.data.sources import prompt_key
-from polyref.loops.agents import Agent, Cast, merged, open_agent, refuse_flat, staying
+from polyref.loops.agents import Agent, Cast, equal_draws, merged, open_agent, refuse_flat, staying
 from polyref.loops.anchors import Anchor, anchor_of, under, with_anchor
 from polyref.loops.evaluate import Estimate
 from polyref.loops.generate import Draw, Progress, Proposed, generate
@@ -143,13 +143,14 @@ def _pairs(
     """Draw, score, pair and label: the round's pairs are added to `pairs`, its outputs to `outputs`; returns its counts."""
     earlier = [record for one in (plan.offline, *pairs) for record in one]
     main = _draw(folder, plan, plan.main, policies, prompts, outputs, "generate", number)
-    kept, groups, proposed = [staying(one, plan.main) for one in main], None, main
+    kept, groups, proposed, enhanced = [staying(one, plan.main) for one in main], None, main, Row()
     if plan.enhancer is not None:
-        other = _draw(folder, plan, plan.enhancer, policies, prompts, outputs, "enhance", number)
+        drawn = _draw(folder, plan, plan.enhancer, policies, prompts, outputs, "enhance", number)
+        other, enhanced = equal_draws(prompts, drawn, plan.enhancer, _seed(plan, "enhance", number))
         proposed, groups = merged(main, other)
         shifted = zip(kept, main, other, strict=True)
         kept = [own + [len(one.proposals) + i for i in staying(two, plan.enhancer)] for own, one, two in shifted]
-    counts: Row = {"completions": sum(one.drawn for one in proposed), "tokens": sum(one.calls for one in proposed)}
+    counts: Row = {"completions": sum(one.drawn for one in proposed), "tokens": sum(one.calls for one in proposed)} | enhanced
     if plan.labeller is None:
         refuse_flat(proposed, number)
     stage = folder.stage(f"pair-{number}", outputs)

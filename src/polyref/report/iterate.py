@@ -101,5 +101,10 @@ def _pairs(summary: Row) -> Section:
         for row in rows
     ]
     names = ("round", "completions", "tokens", "pairs", "ties", "left out", "unlabelled", "trained on", "last loss")
-    text = ("Left out are prompts that give no pair. A round trains on the pairs of earlier rounds and offline pairs too.",)
-    return Section("What it was trained on", text, figures=figures, tables=[Table(names, table)])
+    text = "Left out are prompts that give no pair. A round trains on the pairs of earlier rounds and offline pairs too."
+    inexact, short = (sum(row.get(name, 0) for row in rows) for name in ("inexact_prompts", "short_prompts"))
+    if inexact or short:
+        text += (
+            f" The enhancer drew for {count(inexact, 'prompt')} by particles, which is approximate, and too few for {short}."
+        )
+    return Section("What it was trained on", (text,), figures=figures, tables=[Table(names, table)])
