@@ -14,16 +14,19 @@ import torch
 from cli_world import World, assert_ends_in_one_line
 from polyref.cli import training_rewards
 from polyref.cli.iterate import make_iterate
+from polyref.cli.iterate_plan import offline_of
 from polyref.cli.iterate_settings import EnhancerSettings, IterateSettings
 from polyref.cli.multistep_settings import MultistepPrompts
+from polyref.cli.multistep_summary import judges_of
 from polyref.cli.preference_source import RewardSource
 from polyref.data.sources import load_preferences
+from polyref.errors import ConfigError
 from polyref.rewards.functions import NamedReward, from_function
 from polyref.rewards.preference_model import from_reward
+from polyref.samplers import composed_auto
 from polyref.types import PreferenceRecord, Text
 
 LETTERS = from_function(lambda prompt, text: float(len(str(text))), "letters", "1")
-from polyref.samplers import composed_auto
 
 
 SLOW = (pytest.mark.slow, pytest.mark.ci)
@@ -120,13 +123,37 @@ def test_a_kl_budget_ends_the_run_with_the_policy_before(world: World) -> None:
 
 
 @slow
-def test_offline_pairs_are_trained_on_beside_fresh_prompts(world: World) -> None:
+def test_offline_pairs_are_trained_on_beside_fresh_prompts(world: World, caplog: pytest.LogCaptureFixture) -> None:
     offline = world.file("offline.jsonl", "".join(f'{{"prompt": "o{i}", "chosen": "a", "rejected": "b"}}\n' for i in range(5)))
-    outcome = world.run(quick(world, offline_data=offline, rounds=3, prompts_per_round=1, replay=0, completions=8))
+    judged = world.file("judged.jsonl", '{"prompt": "o3"}\n{"prompt": "another?"}\n')
+    settings = {"rounds": 3, "prompts_per_round": 1, "replay": 0, "completions": 8, "eval_data": judged}
+    outcome = world.run(quick(world, offline_data=offline, **settings))
     assert outcome.code == 0, outcome.err
     summary = summary_of(world)
+    assert summary["judged_on"] == "2 held-out prompts (1 of them trained on too)" and "flatters" in caplog.text
     assert summary["offline_pairs"] == 5 and [row["completions"] for row in summary["rounds"][1:]] == [8, 8, 8]
     assert [row["train_pairs"] for row in summary["rounds"][1:]] == [6, 6, 6]
+
+
+def test_offline_pairs_of_held_out_prompts_are_left_out_and_counted(world: World) -> None:
+    data = str(world.pairs())  # 6 prompts, each twice
+    own = IterateSettings("run", "model", offline_data=data)
+    source = MultistepPrompts(data, held_out=2)
+    prompts, held_out = source.load()
+    offline = offline_of(own, source, held_out)
+    assert (len(offline.pairs), offline.left_out) == (8, 4)
+    assert judges_of([*prompts, *offline.pairs], held_out, [])["judged_on"] == "2 held-out prompts"
+    elsewhere = MultistepPrompts(str(world.pairs({"prompt": "new?"}, name="new.jsonl")), eval_data=data)
+    offline = offline_of(own, elsewhere, elsewhere.load()[1])
+    assert offline.left_out == 0, "who names what judges may train on it, and is told"
+    found = judges_of(offline.pairs, elsewhere.load()[1], source.pairs(data)[:3])
+    assert (found["shared_prompts"], found["bonus_prompts"]) == (6, 3)
+    assert found["judged_on"] == "6 held-out prompts (6 of them trained on too, 3 of them in bonus_data)"
+    own.offline_data = str(
+        world.pairs(*({"prompt": row.prompt, "chosen": "a", "rejected": "b"} for row in held_out), name="o.jsonl")
+    )
+    with pytest.raises(ConfigError, match="all 2 pairs of offline_data are of held-out prompts"):
+        offline_of(own, source, held_out)
 
 
 @slow

@@ -44,6 +44,7 @@ def a_summary(**changes: Any) -> dict[str, Any]:
         "prompts": 16,
         "shared_prompts": 0,
         "offline_pairs": 0,
+        "offline_left_out": 0,
         "judged_on": "8 held-out prompts",
         "labels": 16,
         "tokens": 2400,

@@ -68,7 +68,15 @@ def make_iterate(
     not change when the run is taken up again, by default all settings. `reward`, `gold` and `preference` stand in for those
     that the settings name; a run knows them again by their name and, where they have one, their `fingerprint`.
     """
-    from polyref.cli.iterate_plan import check_labeller, check_training, inputs_of, make_plan, open_labeller, open_rewards
+    from polyref.cli.iterate_plan import (
+        check_labeller,
+        check_training,
+        inputs_of,
+        make_plan,
+        offline_of,
+        open_labeller,
+        open_rewards,
+    )
     from polyref.cli.iterate_summary import summary_of, tell, tell_row, write
     from polyref.cli.progress import Meter
     from polyref.loops.iterate import iterate
@@ -87,13 +95,14 @@ def make_iterate(
         RunFolder(run_dir, config, seeds={"seed": args.seed}, may_change=(*MAY_CHANGE, *ASKING)) as folder,
         ExitStack() as stack,
     ):
-        (prompts, held_out), offline = source.load(), source.pairs(own.offline_data)
+        prompts, held_out = source.load()
+        offline = offline_of(own, source, held_out)
         given = {"the reward": reward, "the gold reward": gold, "the preference model": preference}
-        inputs = inputs_of(own, prompts, held_out, offline, fitted(), given)
+        inputs = inputs_of(own, prompts, held_out, offline.pairs, fitted(), given)
         folder.refuse_changed(inputs, "write")
         labeller = open_labeller(own, preference, run_dir, args.seed, stack)
         with Meter("done") as meter:
-            plan = make_plan(own, training, args.seed, rewards, labeller, offline, meter, tell_row)
+            plan = make_plan(own, training, args.seed, rewards, labeller, offline.pairs, meter, tell_row)
             try:
                 found = iterate(folder, plan, prompts, held_out, inputs)
             except Paused as paused:
@@ -103,7 +112,7 @@ def make_iterate(
         if last.done:
             logger.info("%s is complete; nothing to do", run_dir)
         else:
-            summary = summary_of(own, args, found, prompts, held_out, len(offline))
+            summary = summary_of(own, args, found, prompts, held_out, offline, fitted())
             last.finish(write(folder, own, summary, found), info={"depends_on": inputs} | plan.training.told)
         result: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
         tell(result, run_dir)

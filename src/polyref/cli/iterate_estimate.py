@@ -42,10 +42,11 @@ class Count:
 
 def print_plan(own: IterateSettings, source: MultistepPrompts, training: Mapping[str, Any]) -> None:
     """Write the plan to standard output. Refuses what the run itself would refuse before it draws."""
-    from polyref.cli.iterate_plan import check_training, inputs_of
+    from polyref.cli.iterate_plan import check_training, inputs_of, offline_of
 
     args = check_training(own, training)
-    (prompts, held_out), offline = source.load(), source.pairs(own.offline_data)
+    prompts, held_out = source.load()
+    offline, _ = offline_of(own, source, held_out)
     inputs_of(own, prompts, held_out, offline, source.pairs(own.bonus_data), {})
     rates = measure(own, prompts)
     lengths = _lengths(own, prompts)

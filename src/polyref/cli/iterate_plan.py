@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polyref.cli.iterate_settings import IterateSettings
 from polyref.cli.multistep_plan import drawing_inputs, held_to, training_settings
+from polyref.cli.multistep_settings import MultistepPrompts
 from polyref.cli.settings import peft_config
 from polyref.errors import ConfigError
 from polyref.training.config import PreferenceConfig
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from polyref.rewards.cross_fit import Comparison
     from polyref.rewards.protocols import PreferenceModel, Reward
     from polyref.types import PreferenceRecord
+
+logger = logging.getLogger(__name__)
 
 _OWN = ("beta", "prompt_format", "output_dir")
 
@@ -47,6 +51,31 @@ def open_rewards(
     if own.pairing == "farthest" and reward is not None and not hasattr(reward, "features"):
         raise ConfigError("pairing farthest needs a reward with features", fix="give a RewardModel, or choose another pairing")
     return own.rewards.open(fitted, reward, gold)
+
+
+class Offline(NamedTuple):
+    """The offline pairs that are trained on, and how many were left out."""
+
+    pairs: Sequence[PreferenceRecord]
+    left_out: int
+
+
+def offline_of(own: IterateSettings, source: MultistepPrompts, held_out: Sequence[PromptRow]) -> Offline:
+    """The offline pairs without those of prompts that `held_out` took; those of eval_data may be trained on.
+
+    ConfigError where none is left.
+    """
+    from polyref.data.sources import prompt_key
+
+    given = source.pairs(own.offline_data)
+    taken = {prompt_key(row.prompt) for row in held_out} if source.eval_data is None else set()
+    pairs = [record for record in given if prompt_key(record.prompt) not in taken]
+    if given and not pairs:
+        what = f"all {len(given)} pairs of offline_data are of held-out prompts"
+        raise ConfigError(what, fix="give pairs of other prompts, or judge on eval_data")
+    if left_out := len(given) - len(pairs):
+        logger.info("%d of %d offline pairs are of held-out prompts, and are left out", left_out, len(given))
+    return Offline(pairs, left_out)
 
 
 def inputs_of(

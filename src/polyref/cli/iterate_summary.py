@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from polyref.cli.iterate_settings import IterateSettings
 from polyref.cli.multistep_plan import held_to
-from polyref.cli.multistep_summary import judges_of
+from polyref.cli.multistep_summary import judges_of, warn_of_judges
 
 if TYPE_CHECKING:
+    from polyref.cli.iterate_plan import Offline
     from polyref.data.prompt_rows import PromptRow
     from polyref.loops.iterate import Outcome
     from polyref.stages import RunFolder
     from polyref.training.config import PreferenceConfig
+    from polyref.types import PreferenceRecord
 
     Row = Mapping[str, Any]
 
@@ -30,10 +32,10 @@ def summary_of(
     found: Outcome,
     prompts: Sequence[PromptRow],
     held_out: Sequence[PromptRow],
-    offline: int,
+    offline: Offline,
+    fitted: Sequence[PreferenceRecord],
 ) -> dict[str, Any]:
     """What was done, why it ended, and the rows of the start and of each round."""
-    shared, judges = judges_of(prompts, held_out)
     members = own.reference_set.members
     return {
         "model": own.model,
@@ -52,9 +54,9 @@ def summary_of(
         "replay": "all rounds" if own.replay is None else f"{own.replay} rounds before",
         "from_start": own.from_start,
         "prompts": len(prompts),
-        "shared_prompts": shared,
-        "offline_pairs": offline,
-        "judged_on": judges,
+        "offline_pairs": len(offline.pairs),
+        "offline_left_out": offline.left_out,
+        **judges_of([*prompts, *offline.pairs], held_out, fitted),
         "labels": sum(row["pairs"] for row in found.rows[1:]),
         "tokens": sum(row["tokens"] for row in found.rows[1:]),
         "asked_rounds": own.rounds,
@@ -91,8 +93,7 @@ def tell_row(row: Row) -> None:
 def tell(summary: Row, run_dir: Path) -> None:
     """Why it ended, and where things are."""
     logger.info("%d labels and %d tokens in all; anchor: %s", summary["labels"], summary["tokens"], summary["anchor"])
-    if summary["shared_prompts"]:
-        logger.warning("judged on %s: what it gained there flatters", summary["judged_on"])
+    warn_of_judges(summary)
     if unscored := summary["rounds"][-1]["unscored"]:
         of = "the KL leaves out %d completions that a reference gives no probability or cannot read, and is too small"
         logger.warning(of, unscored)

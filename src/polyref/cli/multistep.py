@@ -80,7 +80,7 @@ def make_multistep(
         if stage.done:
             logger.info("%s is complete; nothing to do", run_dir)
         else:
-            summary = summary_of(own, args, rows, prompts, held_out)
+            summary = summary_of(own, args, rows, prompts, held_out, fitted())
             stage.finish(write(folder, own, summary, policy), info={"depends_on": inputs})
         result: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
         tell(result, run_dir)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from polyref.loops.policies import Policy
     from polyref.stages import RunFolder
     from polyref.training.config import PreferenceConfig
+    from polyref.types import PreferenceRecord
 
     Row = Mapping[str, Any]
 
@@ -28,10 +29,10 @@ def summary_of(
     rows: Sequence[Row],
     prompts: Sequence[PromptRow],
     held_out: Sequence[PromptRow],
+    fitted: Sequence[PreferenceRecord],
 ) -> dict[str, Any]:
     """What was done, and the rows of the start and of each step."""
     equal = own.equal_steps
-    shared, judges = judges_of(prompts, held_out)
     return {
         "model": own.model,
         "references": [member.label for member in own.anchor.members],
@@ -48,21 +49,31 @@ def summary_of(
         "reached": rows[-1]["beta"] == own.beta,
         "correct": own.correct,
         "prompts": len(prompts),
-        "shared_prompts": shared,
-        "judged_on": judges,
+        **judges_of(prompts, held_out, fitted),
         "proposals": sum(row["proposals"] for row in rows[1:]),
         "tokens": sum(row["tokens"] for row in rows[1:]),
         "steps": list(rows),
     }
 
 
-def judges_of(prompts: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> tuple[int, str]:
-    """How many of `held_out` are trained on too, and on what a policy is judged, in words."""
+def judges_of(
+    trained: Sequence[PromptRow | PreferenceRecord], held_out: Sequence[PromptRow], fitted: Sequence[PreferenceRecord]
+) -> dict[str, Any]:
+    """How many of `held_out` are `trained` on too, or are in bonus_data, the pairs `fitted`; and what judges, in words."""
     from polyref.data.sources import prompt_key
 
-    shared = len({prompt_key(row.prompt) for row in prompts} & {prompt_key(row.prompt) for row in held_out})
-    judges = f"{len(held_out)} held-out prompts" + (f" ({shared} of them trained on too)" if shared else "")
-    return shared, judges if held_out else "the prompts trained on"
+    trained_on, judged, known = ({prompt_key(row.prompt) for row in some} for some in (trained, held_out, fitted))
+    shared, seen = len(trained_on & judged), len(known & judged)
+    also = [f"{shared} of them trained on too"] * (shared > 0) + [f"{seen} of them in bonus_data"] * (seen > 0)
+    judges = f"{len(held_out)} held-out prompts" + (f" ({', '.join(also)})" if also else "")
+    told = judges if held_out else "the prompts trained on"
+    return {"shared_prompts": shared, "bonus_prompts": seen, "judged_on": told}
+
+
+def warn_of_judges(summary: Row) -> None:
+    """Say so where the policy, or the reward, was made of what judges it."""
+    if summary.get("shared_prompts") or summary.get("bonus_prompts"):
+        logger.warning("judged on %s: what it gained there flatters", summary["judged_on"])
 
 
 def write(folder: RunFolder, own: MultistepSettings, summary: Row, policy: Policy) -> list[Path]:
@@ -87,8 +98,7 @@ def tell(summary: Row, run_dir: Path) -> None:
         logger.info("%s: reward %.3f%s, KL to the anchor %s nats", at, row["reward"][0], gold, kl)
     logger.info("%d proposals and %d tokens in all", summary["proposals"], summary["tokens"])
     last = summary["steps"][-1]
-    if summary.get("shared_prompts"):
-        logger.warning("judged on %s: what it gained there flatters", summary["judged_on"])
+    warn_of_judges(summary)
     for row in summary["steps"][1:]:
         if row.get("above_r_max"):
             of = "step %d: rewards of %d prompts are above r_max, so that their tilt is approximate; raise it"

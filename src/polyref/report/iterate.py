@@ -13,7 +13,7 @@ from polyref.report.page import Cell, KeyNumber, Section, Table, write_page
 Row = Mapping[str, Any]
 
 _SETTINGS = ("model", "references", "weights", "composition", "anchor", "dtypes", "reward", "pessimism", "gold", "label")
-_MORE = ("pairing", "enhancer", "loss_type", "beta", "replay", "from_start", "prompts", "offline_pairs")
+_MORE = ("pairing", "enhancer", "loss_type", "beta", "replay", "from_start", "prompts", "offline_pairs", "offline_left_out")
 
 
 def write_iterate_page(path: Path, title: str, summary: Row) -> Path:
