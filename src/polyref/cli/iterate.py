@@ -113,7 +113,7 @@ def make_iterate(
             logger.info("%s is complete; nothing to do", run_dir)
         else:
             summary = summary_of(own, args, found, prompts, held_out, offline, fitted())
-            last.finish(write(folder, own, summary, found), info={"depends_on": inputs} | plan.training.told)
+            last.finish(write(folder, own, summary, found), info={"depends_on": inputs, **plan.training.told})
         result: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
         tell(result, run_dir)
         return result
