@@ -16,7 +16,7 @@ import pytest
 
 from polyref.errors import ConfigError, RunFolderError
 from polyref.files import atomic_write, file_digest, files_below, write_bytes
-from polyref.stages import RunFolder, content_digest, plain, read_yaml
+from polyref.stages import RunFolder, content_digest, plain, read_yaml, refuse_other
 
 CONFIG = {"train": {"beta": 0.1, "epochs": 1}, "references": [{"model": "a"}, {"model": "b"}], "seed": 0}
 
@@ -206,6 +206,27 @@ def test_a_changed_configuration_is_refused_with_the_differing_keys(tmp_path: Pa
     )
     assert "epochs" not in str(error.value) and "references" not in str(error.value)
     assert contents(tmp_path / "run") == before
+
+
+def test_what_an_open_folder_would_refuse_is_refused_without_opening_it(tmp_path: Path) -> None:
+    folder, inputs = tmp_path / "run", {"data": "d1"}
+    refuse_other(folder, CONFIG, inputs, "write")
+    assert not folder.exists(), "what is not there refuses nothing, and is not made"
+    with RunFolder(folder, CONFIG | {"log": 1}, may_change={"log"}) as run:
+        stage = run.stage("write", inputs)
+        stage.finish([], info={"depends_on": inputs})
+    before = contents(folder)
+    refuse_other(folder, CONFIG | {"log": 2}, inputs, "write", may_change={"log"})
+    with pytest.raises(RunFolderError) as error:
+        refuse_other(folder, CONFIG | {"log": 2}, inputs, "write")
+    assert_one_line(error, "made with another configuration: log 1 -> 2")
+    with pytest.raises(RunFolderError) as error:
+        refuse_other(folder, CONFIG | {"log": 1}, {"data": "d2"}, "write")
+    assert_one_line(error, "is complete, and what it was made from has changed since: data")
+    assert contents(folder) == before
+    (folder / "manifest.json").write_bytes(b"{torn")
+    refuse_other(folder, CONFIG | {"log": 1}, {"data": "d2"}, "write")
+    assert (folder / "manifest.json").read_bytes() == b"{torn", "left as it is"
 
 
 def test_settings_that_may_change_do_not_make_another_run(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ import yaml  # type: ignore[import-untyped]
 from polyref.errors import ConfigError, InputError, RunFolderError, one_line
 from polyref.files import atomic_write, file_digest, files_below, hold, remove_temporaries, sync, write_bytes, write_errors
 
-__all__ = ["RunFolder", "Stage", "atomic_write", "content_digest", "file_digest", "plain", "read_yaml"]
+__all__ = ["RunFolder", "Stage", "atomic_write", "content_digest", "file_digest", "plain", "read_yaml", "refuse_other"]
 
 logger = logging.getLogger(__name__)
 
@@ -192,15 +192,7 @@ class RunFolder:
 
         A complete run stays what it is: its last stage ends with `info={"depends_on": inputs}`.
         """
-        entry = self._manifest["stages"].get(last, {})
-        old = entry.get("info", {}).get("depends_on", {})
-        changed = [name for name in sorted(old | dict(inputs)) if old.get(name) != inputs.get(name)]
-        if entry.get("state") == "done" and changed:
-            raise RunFolderError(
-                f"is complete, and what it was made from has changed since: {', '.join(changed)}",
-                where=str(self.path),
-                fix="name a new run folder",
-            )
+        _refuse_inputs(self.path, self._manifest["stages"].get(last, {}), inputs)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; a line that cannot be written whole is taken back."""
@@ -232,20 +224,9 @@ class RunFolder:
         write_bytes(self.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _check_config(self, may_change: Collection[str]) -> None:
-        path = self.path / "config.yaml"
-        if path.exists():
-            old, new = _flatten(read_yaml(path)), _flatten(self.config)
-            pairs = {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in sorted(old | new) if key not in may_change}
-            changes = [f"{key} {before} -> {after}" for key, (before, after) in pairs.items() if before != after]
-            if changes:
-                more = [f"and {len(changes) - _SHOWN} more"] if len(changes) > _SHOWN else []
-                raise RunFolderError(
-                    f"was made with another configuration: {', '.join(changes[:_SHOWN] + more)}",
-                    where=str(self.path),
-                    fix="go back to the old settings or name a new run folder",
-                )
+        _refuse_config(self.path, self.config, may_change)
         text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120)
-        _write_if_changed(path, text.encode())
+        _write_if_changed(self.path / "config.yaml", text.encode())
 
     def _open_manifest(self, seeds: Mapping[str, int], may_change: Collection[str]) -> None:
         path = self.path / "manifest.json"
@@ -312,6 +293,52 @@ class Stage:
         self.outputs, self.info = digests, plain(dict(info or {}), "info")
         self.run._record(self.name, {"state": "done", "inputs": self.inputs, "outputs": self.outputs, "info": self.info})
         self.done = True
+
+
+def refuse_other(
+    path: str | Path,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    last: str,
+    *,
+    may_change: Collection[str] = (),
+) -> None:
+    """Refuse what a `RunFolder` of `path` and its `refuse_changed` would, where there is one, but open and write nothing."""
+    folder = Path(path)
+    _refuse_config(folder, plain(dict(config), "config"), may_change)
+    entry: dict[str, Any] = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):  # with no manifest, or a torn one, every stage is done again
+        entry = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["stages"][last]
+    _refuse_inputs(folder, entry, inputs)
+
+
+def _refuse_config(folder: Path, config: dict[str, Any], may_change: Collection[str]) -> None:
+    """RunFolderError, naming what differs, where `folder` was made with another configuration."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    old, new = _flatten(read_yaml(path)), _flatten(config)
+    pairs = {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in sorted(old | new) if key not in may_change}
+    changes = [f"{key} {before} -> {after}" for key, (before, after) in pairs.items() if before != after]
+    if changes:
+        more = [f"and {len(changes) - _SHOWN} more"] if len(changes) > _SHOWN else []
+        raise RunFolderError(
+            f"was made with another configuration: {', '.join(changes[:_SHOWN] + more)}",
+            where=str(folder),
+            fix="go back to the old settings or name a new run folder",
+        )
+
+
+def _refuse_inputs(folder: Path, entry: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    """RunFolderError, naming what changed, where the stage of `entry` is done and depends on other inputs."""
+    old = entry.get("info", {}).get("depends_on", {})
+    changed = [name for name in sorted(old | dict(inputs)) if old.get(name) != inputs.get(name)]
+    if entry.get("state") == "done" and changed:
+        raise RunFolderError(
+            f"is complete, and what it was made from has changed since: {', '.join(changed)}",
+            where=str(folder),
+            fix="name a new run folder",
+        )
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:

@@ -63,6 +63,18 @@ def test_settings_are_refused_before_anything_is_drawn(given: dict[str, Any], sa
     assert_refused(world, world.iterate(**given), says)
 
 
+@table(
+    {
+        "no reward": ({"reward": None}, "no reward is given"),
+        "no labeller": ({"label": "model"}, "label is model, with no preference model"),
+        "prompts exhausted": ({"prompts_per_round": 3}, "2 rounds of 3 fresh prompts take 6"),
+    }
+)
+def test_a_dry_run_refuses_what_the_run_would(given: dict[str, Any], says: list[str], world: World) -> None:
+    world.pairs()
+    assert_refused(world, [*world.iterate(**given), "--dry_run"], says)
+
+
 def test_options_that_are_the_runs_own_are_refused(tmp_path: Path) -> None:
     prompts, reward = MultistepPrompts("prompts.jsonl"), from_function(lambda prompt, text: 0.0, "flat")
     own = IterateSettings(str(tmp_path / "run"), "model")

@@ -52,8 +52,15 @@ def test_rounds_leave_a_policy_their_numbers_and_a_page(world: World, caplog: py
     before = left_by(run)
     (run / "stages/train-1/model/adapter_model.safetensors").write_bytes(b"torn")
     assert world.run(world.iterate(**settings)).code == 0 and left_by(run) == before, "a torn file is made again"
-    changed = world.run(world.iterate(**settings | {"beta": 3}))
-    assert_ends_in_one_line(changed, "made with another configuration: beta 2")
+    assert world.run([*world.iterate(**settings), "--dry_run"]).code == 0 and left_by(run) == before
+    for more in ([], ["--dry_run"]):
+        changed = world.run([*world.iterate(**settings | {"beta": 3}), *more])
+        assert_ends_in_one_line(changed, "made with another configuration: beta 2")
+    world.pairs(*({"prompt": f"another {i}?"} for i in range(4)))
+    for more in ([], ["--dry_run"]):
+        changed = world.run([*world.iterate(**settings), *more])
+        assert_ends_in_one_line(changed, "is complete, and what it was made from has changed since: held-out prompts, prompts")
+    assert left_by(run) == before
 
 
 def test_the_gold_reward_has_no_part_in_training(world: World) -> None:

@@ -44,11 +44,12 @@ def run(settings: Namespace) -> None:
     dry = values.pop("dry_run")
     own, prompts = IterateSettings(**pick(values, IterateSettings)), MultistepPrompts(**pick(values, MultistepPrompts))
     training = {k: v for k, v in pick(values, PreferenceConfig).items() if k not in vars(own) and k not in vars(prompts)}
+    config = {k: v for k, v in values.items() if k not in ("config", "output_dir")}
     if dry:
         from polyref.cli.iterate_estimate import print_plan
 
-        return print_plan(own, prompts, training)
-    make_iterate(own, prompts, training, {k: v for k, v in values.items() if k not in ("config", "output_dir")})
+        return print_plan(own, prompts, training, config)
+    make_iterate(own, prompts, training, config)
     return None
 
 

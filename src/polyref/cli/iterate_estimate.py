@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from polyref.cli.iterate_settings import IterateSettings
 from polyref.cli.multistep_settings import MultistepPrompts
+from polyref.cli.training_run import MAY_CHANGE, refuse_many_processes
 
 if TYPE_CHECKING:
     from polyref.data.prompt_rows import PromptRow
@@ -40,14 +42,21 @@ class Count:
     passes: int
 
 
-def print_plan(own: IterateSettings, source: MultistepPrompts, training: Mapping[str, Any]) -> None:
-    """Write the plan to standard output. Refuses what the run itself would refuse before it draws."""
-    from polyref.cli.iterate_plan import check_training, inputs_of, offline_of
+def print_plan(own: IterateSettings, source: MultistepPrompts, training: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write the plan to standard output. Refuses what the run, of this `config`, would itself refuse before it draws."""
+    from polyref.cli.iterate import ASKING
+    from polyref.cli.iterate_plan import check_labeller, check_training, inputs_of, offline_of, open_rewards
+    from polyref.stages import refuse_other
 
+    refuse_many_processes()
     args = check_training(own, training)
+    check_labeller(own, None)
+    fitted = cache(lambda: source.pairs(own.bonus_data))
+    open_rewards(own, fitted, None, None)
     prompts, held_out = source.load()
     offline, _ = offline_of(own, source, held_out)
-    inputs_of(own, prompts, held_out, offline, source.pairs(own.bonus_data), {})
+    inputs = inputs_of(own, prompts, held_out, offline, fitted(), {})
+    refuse_other(own.output_dir, config, inputs, "write", may_change=(*MAY_CHANGE, *ASKING))
     rates = measure(own, prompts)
     lengths = _lengths(own, prompts)
     epochs = float(args.num_train_epochs)
