@@ -53,6 +53,6 @@ def test_a_fall_that_prompts_hide_is_seen_in_changes() -> None:
     def change(name: str, before: int, after: int) -> list[float | None]:
         return mean_change(prompts(60), each[before], each[after], ("reward", "gold").index(name), seed=0)
 
-    stop = stopped(rows, Limits(patience=2), change)
+    stop = stopped(rows, Limits(patience=2), change, 60)
     assert stop is not None and (stop.rail, stop.at, stop.keep) == ("over-optimisation", 3, 1)
-    assert stopped(rows[:3], Limits(patience=2), change) is None, "one round is not two"
+    assert stopped(rows[:3], Limits(patience=2), change, 60) is None, "one round is not two"
