@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -188,6 +189,7 @@ class _Watch:
         import transformers
 
         from polyref import files, stages
+        from polyref.labelling.votes import Votes
 
         def before(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
             setattr(owner, name, make(getattr(owner, name)))
@@ -196,7 +198,8 @@ class _Watch:
             before(owner, name, self._named)
         before(files, "_sync_one", self._synced)
         before(stages.RunFolder, "stage", self._staged)
-        before(stages.RunFolder, "append_metrics", self._appended)
+        before(stages.RunFolder, "append_metrics", partial(self._appended, "metrics_path"))
+        before(Votes, "_append", partial(self._appended, "path"))
         before(torch.Tensor, "backward", self._stepped)
         for owner in (transformers.modeling_utils, peft.peft_model):
             before(owner, "safe_save_file", self._written)
@@ -225,14 +228,15 @@ class _Watch:
 
         return call
 
-    def _appended(self, append: Callable[..., None]) -> Callable[..., None]:
-        def call(folder: Any, row: Any) -> None:
+    def _appended(self, where: str, append: Callable[..., None]) -> Callable[..., None]:
+        def call(owner: Any, row: Any) -> None:
             def tear() -> None:
-                append(folder, row)
-                os.truncate(folder.metrics_path, os.path.getsize(folder.metrics_path) - 9)
+                append(owner, row)
+                file = getattr(owner, where)
+                os.truncate(file, os.path.getsize(file) - 9)
 
             self._meet("half", tear)
-            append(folder, row)
+            append(owner, row)
 
         return call
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -74,6 +76,40 @@ def test_killed_again_and_again_a_run_with_an_adapter_ends_alike(warm: Warm, wor
     for at in (Point("half", "generate-1"), Point("half", "train-1"), Point("name", "anchor-1"), Point("step", "train-2")):
         runs.kill("killed", at)
     runs.goes_on("killed")
+
+
+class Voted(Runs):
+    """Runs that end where votes lack; a person fills in the sheet, and gives the same command again."""
+
+    def __call__(self, name: str, fault: str = "kill", at: int | Point | None = None) -> Ended:
+        passed = list[Point]()
+        while True:
+            ended = super().__call__(name, fault, at - len(passed) if isinstance(at, int) else at)
+            passed += ended.points
+            if ended.code or (self.folder(name) / "summary.json").exists():
+                return ended._replace(points=passed)
+            for sheet in self.folder(name).glob("annotate-*.csv"):
+                fill_in(sheet)
+
+
+def fill_in(sheet: Path) -> None:
+    """Vote on every pair, by what its id is."""
+    header, *rows = csv.reader(io.StringIO(sheet.read_bytes().decode("utf-8-sig"), newline=""))
+    voted = [[*row[:-1], ("A", "B", "tie", "A", "B", "skip")[int(row[0][-4:], 16) % 6]] for row in rows]
+    with sheet.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *voted])
+
+
+@slow
+def test_killed_while_a_person_votes_in_files_no_vote_is_lost_and_all_ends_alike(warm: Warm, world: World) -> None:
+    settings = {"label": "human", "label_how": "file", "rounds": 1, "prompts_at_once": 32, "eval_completions": 1}
+    runs = Voted(warm, world.path, lambda name: world.iterate(output_dir=world.path / name / "run", **settings))
+    voting = [number for number, point in enumerate(runs.points) if point.stage.startswith("label-")]
+    votes = (runs.folder("unbroken") / "votes-1.jsonl").read_text().splitlines()
+    assert {runs.points[at].kind for at in voting} == {"half", "sync", "name"} and len(voting) > 2 * len(votes) >= 4
+    for at in voting[::3]:
+        runs.kill(f"killed-{at}", at)
+        runs.goes_on(f"killed-{at}")
 
 
 @slow
