@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from fakes import byte_tokenizer
 
 settings.register_profile("polyref", deadline=None, max_examples=60)
 settings.load_profile("polyref")
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # begun in a shell's background, tests and their processes would ignore it
 
 
 @pytest.fixture(scope="session")

@@ -143,13 +143,9 @@ def test_ctrl_c_leaves_a_run_that_goes_on(world: World, monkeypatch: pytest.Monk
         backward(self, *args, **kwargs)
 
     words = long_training(world, "broken")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs tests may ignore it
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "backward", interrupted)
-            stopped = world.run(words)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", interrupted)
+        stopped = world.run(words)
     assert stopped.code == 1
     assert stopped.err == "polyref: interrupted; the same command goes on from here\n"
     assert world.run(words).code == 0
