@@ -13,9 +13,8 @@ from fakes import byte_tokenizer
 
 settings.register_profile("polyref", deadline=None, max_examples=60)
 settings.load_profile("polyref")
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # begun in a shell's background, tests and their processes would ignore it
+# begun in a shell's background, tests and their processes would ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cli_world import World, assert_refused, table
+from cli_world import World, assert_ends_in_one_line, assert_refused, table
+from judge_world import completion, listening
 from polyref.cli.iterate import make_iterate
 from polyref.cli.iterate_settings import IterateSettings
 from polyref.cli.multistep_settings import MultistepPrompts
@@ -73,6 +74,19 @@ def test_settings_are_refused_before_anything_is_drawn(given: dict[str, Any], sa
 def test_a_dry_run_refuses_what_the_run_would(given: dict[str, Any], says: list[str], world: World) -> None:
     world.pairs()
     assert_refused(world, [*world.iterate(**given), "--dry_run"], says)
+
+
+def test_a_judge_whose_budget_is_spent_is_asked_on_under_the_same_run_name(world: World, loopback: None) -> None:
+    world.pairs()
+    with listening(lambda body, _: completion("VERDICT: 70")) as server:
+        judge = {"base_url": server.url, "model": "j", "max_requests": 1, "tries": 1, "first_wait": 0.01}
+        words = world.iterate(rounds=1, label="model", labeller={"judge": judge})
+        assert_ends_in_one_line(world.run(words), "max_requests")
+        asked = len(server.bodies)
+        outcome = world.run(world.iterate(rounds=1, label="model", labeller={"judge": judge | {"max_requests": 1000}}))
+        assert outcome.code == 0, outcome.err
+        texts = [body["messages"][-1]["content"] for body in server.bodies]
+    assert len(texts) > asked == 1 and len(set(texts)) == len(texts), "nothing is asked twice"
 
 
 def test_options_that_are_the_runs_own_are_refused(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from polyref.cli.auxiliary_stages import Drawing
+from polyref.cli.preference_source import JUDGE_BUDGET
 from polyref.data.write import WRITTEN_KINDS, check_written
 from polyref.errors import ConfigError
 from polyref.references.reference_set import ReferenceSet
 from polyref.samplers.engine import SamplingParameters
 
-_BUDGET = ("tries", "timeout", "attempts", "first_wait", "longest_wait", "concurrency", "max_requests", "max_tokens")
-MAY_CHANGE = ("leave_out", *(f"judge.{name}" for name in _BUDGET))
-"""A judge that gave up, or whose budget is spent, may be asked on: what it said is kept."""
+MAY_CHANGE = ("leave_out", *JUDGE_BUDGET)
+"""What changes no pair that was judged."""
 
 _TAKEN = ("metrics.jsonl", "judge.jsonl")
 _OF_DRAWING = ("member_per", "max_new_tokens", "temperature", "top_p", "redraws", "batch_size", "leave_out")

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from polyref.cli.iterate_settings import IterateSettings
 from polyref.cli.multistep_settings import MultistepPrompts
+from polyref.cli.preference_source import JUDGE_BUDGET
 from polyref.cli.training_run import MAY_CHANGE, add_training_arguments, pick, refuse_many_processes, run_folder_of
 from polyref.training.config import PreferenceConfig
 
@@ -25,8 +26,8 @@ logger = logging.getLogger(__name__)
 OWN = ("beta", "prompt_format")
 """Options of preference training that are the verb's."""
 
-ASKING = ("label_how", "port", "annotator")
-"""What changes neither pairs nor their order on the page: several people may vote, in several ways."""
+ASKING = ("label_how", "port", "annotator", *(f"labeller.{name}" for name in JUDGE_BUDGET))
+"""What changes neither pairs nor who is asked: several people may vote, in several ways, and a judge may be asked on."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -27,6 +27,13 @@ _PIECE = 256
 KINDS = ("cross_encoder", "reward", "ensemble", "votes", "judge")
 
 
+JUDGE_BUDGET = tuple(
+    f"judge.{name}"
+    for name in ("tries", "timeout", "attempts", "first_wait", "longest_wait", "concurrency", "max_requests", "max_tokens")
+)
+"""What may change in a run: a judge that gave up, or whose budget is spent, is asked on; what it said is kept."""
+
+
 @dataclass
 class CrossEncoderSettings:
     """A pairwise cross-encoder, fitted to the data in folds, each pair judged by the fit that never saw its prompt.
