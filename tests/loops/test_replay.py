@@ -119,6 +119,9 @@ def test_pairs_are_far_apart_where_earlier_pairs_say_little() -> None:
     broken.features = lambda prompts, completions: torch.full((len(prompts), 2), math.nan)  # type: ignore[method-assign]
     with pytest.raises(ModelError, match="not finite"):
         feature_distances(broken, [], 1.0)(scored)
+    broken.features = lambda prompts, completions: [][1]  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match="failed on the features of 3 completions: IndexError"):
+        feature_distances(broken, [], 1.0)(scored)
 
 
 def test_diversity_counts_different_texts_and_neighbours() -> None:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from polyref.loops.generate import blaming
 from polyref.loops.pairing import Apart
 from polyref.rewards.uncertainty import FeatureReward, checked_features, pair_covariance
 from polyref.samplers.pairing import Floats
 from polyref.samplers.pairs import Scored
-from polyref.types import PreferenceRecord
+from polyref.types import PreferenceRecord, Text
 
 
 def feature_distances(reward: FeatureReward, earlier: Sequence[PreferenceRecord], ridge: float) -> Apart:
@@ -21,14 +22,18 @@ def feature_distances(reward: FeatureReward, earlier: Sequence[PreferenceRecord]
     S is that of the rounds before, the same for a whole round.
     """
 
+    def features(prompts: Sequence[Text], completions: Sequence[Text]) -> torch.Tensor:
+        with blaming(reward.name, f"the features of {len(prompts)} completions"):
+            return checked_features(reward, prompts, completions)
+
     def apart(scored: Sequence[Scored]) -> Sequence[Floats]:
-        asked = [one.prompt for one in scored for _ in one.completions]
-        phi = checked_features(reward, asked, [text for one in scored for text in one.completions])
+        phi = features(
+            [one.prompt for one in scored for _ in one.completions], [text for one in scored for text in one.completions]
+        )
         first = second = phi[:0]
         if earlier:
             prompts = [one.prompt for one in earlier]
-            first = checked_features(reward, prompts, [one.chosen for one in earlier])
-            second = checked_features(reward, prompts, [one.rejected for one in earlier])
+            first, second = (features(prompts, texts) for texts in zip(*((p.chosen, p.rejected) for p in earlier), strict=True))
         factor = torch.linalg.cholesky(pair_covariance(first, second, ridge))
         whitened = torch.linalg.solve_triangular(factor, phi.T, upper=False).T
         parts = whitened.split([len(one.completions) for one in scored])
