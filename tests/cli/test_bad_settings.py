@@ -38,6 +38,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "training batches of 0": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0", "at least 1"),
     "accumulation of 0": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0", "at least 1"),
     "checkpoints that none can go on from": ({"save_only_model": True}, "save_only_model would make", "leave it out"),
+    "batches that a resumed run sees again": ({"ignore_data_skip": True}, "ignore_data_skip would make", "leave it out"),
     "no epochs": ({"num_train_epochs": 0}, "num_train_epochs is 0", "above 0"),
     "a learning rate below 0": ({"learning_rate": -1}, "learning_rate is -1", "at least 0"),
     "epochs as text": ({"num_train_epochs": "many"}, "num_train_epochs: expected float, got many", "--help"),

@@ -149,6 +149,8 @@ def test_offline_pairs_of_held_out_prompts_are_left_out_and_counted(world: World
     found = judges_of(offline.pairs, elsewhere.load()[1], source.pairs(data)[:3])
     assert (found["shared_prompts"], found["bonus_prompts"]) == (6, 3)
     assert found["judged_on"] == "6 held-out prompts (6 of them trained on too, 3 of them in bonus_data)"
+    found = judges_of(elsewhere.load()[1], [], source.pairs(data)[:3])
+    assert found["judged_on"] == "the prompts trained on (3 of them in bonus_data)" and found["shared_prompts"] == 0
     own.offline_data = str(
         world.pairs(*({"prompt": row.prompt, "chosen": "a", "rejected": "b"} for row in held_out), name="o.jsonl")
     )

@@ -71,6 +71,8 @@ def test_a_model_that_fails_is_named_and_a_mended_one_goes_on(tmp_path: Path) ->
     with RunFolder(tmp_path / "run", {}) as folder:
         with pytest.raises(ModelError, match=f"^{says.format('RuntimeError: server down for now')}$"):
             label(folder.stage("label-1"), some, asking(RuntimeError("server down\nfor now")), 1)
+        with pytest.raises(ModelError, match="asker: failed on 2 pairs: ValueError: zip"):
+            label(folder.stage("label-1"), some, by_model(lambda pairs: torch.ones(1), "asker"), 1)
         with pytest.raises(DataError, match="^ours, as it is$"):
             label(folder.stage("label-1"), some, asking(DataError("ours, as it is")), 1)
         found, _ = label(folder.stage("label-1"), some, by_model(lambda pairs: torch.ones(len(pairs)), "asker"), 1)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from enumerable_lm import enumerable, exact_laws, p_value
+from enumerable_lm import OnlyAllowed, enumerable, exact_laws, p_value
 from fakes import tiny_llama
 from polyref import Reference, ReferenceSet
 from polyref.errors import ConfigError
@@ -44,6 +44,15 @@ def test_references_that_hardly_agree_are_drawn_as_particles_within_the_usual_bu
     members = load_members(ReferenceSet(tuple(Reference(model, tokenizer=tiny_tokenizer) for model in models)))
     (drawn,) = draw_composed(members, [PROMPT], 4, SamplingParameters(6), seed=0)
     assert drawn.method == "smc" and len(drawn.samples) >= 4
+
+
+def test_exact_draws_that_take_a_dozen_proposals_are_seen_and_made(tiny_tokenizer):
+    """F is about 0.075: three pilots of sixteen in ten accept nothing, and are asked for more."""
+    models = [OnlyAllowed(tiny_llama(tiny_tokenizer, seed=seed).double(), spread=12.0) for seed in (1, 2)]
+    members = load_members(ReferenceSet(tuple(Reference(model, tokenizer=tiny_tokenizer) for model in models)))
+    assert 0.04 < exact_laws(members, PROMPT, 4)["mass"] < 0.12
+    drawn = draw_composed(members, [PROMPT] * 60, 1, SamplingParameters(4), seed=0, batch_size=400)
+    assert sum(one.method == "tokens" and one.exact and len(one.samples) == 1 for one in drawn) >= 57
 
 
 @pytest.mark.parametrize("budget", [1, 8, 9, 35, 36, 80, 150, 400])

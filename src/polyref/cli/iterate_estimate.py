@@ -149,7 +149,8 @@ def _told(own: IterateSettings, rates: Rates, stages: Sequence[Count], epochs: f
         lines.append(
             f"  {one.name:<12}  {one.completions:>9,}  {one.drawn:>13,}  {one.read * one.passes:>15,}  {_time(seconds):>9}"
         )
-    kept = own.rounds * rates.trained + (rates.weights * own.rounds if own.anchor == "average" else 0)
+    average = rates.weights * (2 if own.dtype in ("float16", "bfloat16") else 1)  # averages are kept in float32 at least
+    kept = own.rounds * rates.trained + (average * (own.rounds - 1) if own.anchor == "average" else 0)
     kept += rates.weights if own.lora is None or own.merge_adapter else rates.trained
     most = kept + 3 * rates.trained  # a checkpoint: weights, and AdamW's two moments
     text = sum(one.drawn for one in stages) * 8  # characters and numbers of a token, as JSON keeps them

@@ -59,14 +59,14 @@ def summary_of(
 def judges_of(
     trained: Sequence[PromptRow | PreferenceRecord], held_out: Sequence[PromptRow], fitted: Sequence[PreferenceRecord]
 ) -> dict[str, Any]:
-    """How many of `held_out` are `trained` on too, or are in bonus_data, the pairs `fitted`; and what judges, in words."""
+    """How many prompts that judge are `trained` on too, or are in bonus_data, the pairs `fitted`; and what judges, in words."""
     from polyref.data.sources import prompt_key
 
-    trained_on, judged, known = ({prompt_key(row.prompt) for row in some} for some in (trained, held_out, fitted))
-    shared, seen = len(trained_on & judged), len(known & judged)
+    trained_on, apart, known = ({prompt_key(row.prompt) for row in some} for some in (trained, held_out, fitted))
+    shared, seen = len(trained_on & apart), len(known & (apart or trained_on))
     also = [f"{shared} of them trained on too"] * (shared > 0) + [f"{seen} of them in bonus_data"] * (seen > 0)
-    judges = f"{len(held_out)} held-out prompts" + (f" ({', '.join(also)})" if also else "")
-    told = judges if held_out else "the prompts trained on"
+    judges = f"{len(held_out)} held-out prompts" if held_out else "the prompts trained on"
+    told = judges + (f" ({', '.join(also)})" if also else "")
     return {"shared_prompts": shared, "bonus_prompts": seen, "judged_on": told}
 
 

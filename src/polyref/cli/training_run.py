@@ -51,7 +51,7 @@ def check_resumable(values: Mapping[str, Any]) -> None:
     """ConfigError for an option of training under which a run that was killed would end otherwise than an unbroken one."""
     for name in ("save_only_model", "ignore_data_skip"):
         if values.get(name):
-            raise ConfigError(f"{name} would make a resumed run another one", fix="leave it out: the run keeps only the model")
+            raise ConfigError(f"{name} would make a resumed run another one", fix="leave it out")
 
 
 def run_folder_of(values: dict[str, Any]) -> Path:

@@ -53,8 +53,7 @@ def by_model(ask: Callable[[Sequence[Comparison]], Any], name: str) -> Labeller:
     def labelled(records: Sequence[PreferenceRecord], number: int) -> list[PreferenceRecord]:
         asked = [Comparison(one.prompt, one.chosen, one.rejected) for one in records]
         with blaming(name, f"{len(asked)} pairs"):
-            found = ask(asked).tolist()
-        rows = zip(records, found, strict=True)
+            rows = list(zip(records, ask(asked).tolist(), strict=True))
         sides = [(one, p) if p >= 0.5 else (turned(one), 1 - p) for one, p in rows if p == p]
         return [replace(one, chosen_probability=p, margin=None) for one, p in sides]
 

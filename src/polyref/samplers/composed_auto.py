@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from polyref.samplers.composed_values import Drawn, Plan, Task
 from polyref.samplers.geometric_tokens import draw_tokens
@@ -15,14 +16,20 @@ from polyref.samplers.members import Member
 from polyref.samplers.smc import draw_smc
 
 PILOT = 16
-"""Proposals of a pilot, at most; it may take a quarter of the budget."""
+"""Proposals of a pilot, and four times as many more where none is accepted. It takes a quarter of the budget at most."""
+
+
+class Pilot(NamedTuple):
+    """What a pilot's `proposals` came to, and the `calls` that they took."""
+
+    accepted: int
+    proposals: int
+    calls: int
 
 
 def draw_auto(members: Sequence[Member], tasks: Sequence[Task], budgets: Sequence[int], plan: Plan) -> list[Drawn]:
     """Token proposals for the tasks whose pilot promises n acceptances within the budget, sequential Monte Carlo for others."""
-    quarters = [budget // 4 for budget in budgets]
-    own = [task._replace(key=f"pilot {task.key}") for task in tasks]
-    pilots = draw_tokens(members, own, quarters, plan._replace(n=PILOT, fixed=True, tally=None))
+    pilots = _pilots(members, tasks, [budget // 4 for budget in budgets], plan)
     left = [budget - pilot.calls for budget, pilot in zip(budgets, pilots, strict=True)]
     affordable = [_promised(pilot, plan.n) <= some for pilot, some in zip(pilots, left, strict=True)]
     found: dict[int, Drawn] = {}
@@ -34,7 +41,21 @@ def draw_auto(members: Sequence[Member], tasks: Sequence[Task], budgets: Sequenc
     return [found[i] for i in range(len(tasks))]
 
 
-def _promised(pilot: Drawn, n: int) -> float:
+def _pilots(members: Sequence[Member], tasks: Sequence[Task], budgets: Sequence[int], plan: Plan) -> list[Pilot]:
+    """A pilot of each task: of 16 proposals where some are accepted, else of 80, so that rates of some per cent are seen."""
+    found = [Pilot(0, 0, 0)] * len(tasks)
+    for name, n in (("pilot", PILOT), ("second pilot", 4 * PILOT)):
+        some = [i for i, pilot in enumerate(found) if not pilot.accepted]
+        own = [tasks[i]._replace(key=f"{name} {tasks[i].key}") for i in some]
+        left = [budgets[i] - found[i].calls for i in some]
+        drawn = draw_tokens(members, own, left, plan._replace(n=n, fixed=True, tally=None)) if some else []
+        for i, one in zip(some, drawn, strict=True):
+            before = found[i]
+            found[i] = Pilot(one.accepted, before.proposals + one.proposals, before.calls + one.calls)
+    return found
+
+
+def _promised(pilot: Pilot, n: int) -> float:
     """The calls that n acceptances will take; infinite where a pilot that accepted nothing, or was not made, promises none."""
     if not pilot.accepted:
         return float("inf")
