@@ -54,7 +54,7 @@ def accept(row: PromptRow, one: Proposed, how: Acceptance, place: int = 0) -> Ke
         if not log_weights.isfinite().any():
             return None
         return resample(importance(rewards, how.beta, log_weights=log_weights), how.keep, float(draws[0]))
-    if not one.exact or any(proposal.log_weight for proposal in one.proposals):  # weights of particles may be alike by chance
+    if one.weighted:
         log_weights = torch.tensor([proposal.log_weight for proposal in one.proposals], dtype=torch.float64)
         return resample(importance(rewards, beta, log_weights=log_weights), how.keep, float(draws[0]))
     return reject(rewards, torch.from_numpy(draws), beta, r_max=how.r_max, wanted=how.keep)

@@ -123,7 +123,7 @@ def equal_draws(
     Which particles are taken is a number of each prompt under its own weights and in its place among equal ones.
     """
     rows = zip(prompts, drawn, places_among(prompts)(prompts), strict=True)
-    found = [_resampled(row, one, agent.n, seed, place) if _weighted(one) else one for row, one, place in rows]
+    found = [_resampled(row, one, agent.n, seed, place) if one.weighted else one for row, one, place in rows]
     inexact, short = sum(not one.exact for one in drawn), sum(len(one.proposals) < agent.n for one in found)
     note = next((one.note for one in drawn if one.note), "")
     told = {"inexact_prompts": inexact, "short_prompts": short, "note": note}
@@ -132,10 +132,6 @@ def equal_draws(
         first = note and f"; the first says: {note}"
         logger.warning(of, agent.who, inexact, len(drawn), short, agent.n, first)
     return found, told
-
-
-def _weighted(one: Proposed) -> bool:
-    return bool(one.proposals) and (not one.exact or any(proposal.log_weight for proposal in one.proposals))
 
 
 def _resampled(row: PromptRow, one: Proposed, n: int, seed: int, place: int) -> Proposed:

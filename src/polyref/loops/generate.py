@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from polyref.data.prompt_rows import PromptRow
 from polyref.errors import ModelError, PolyrefError
 from polyref.files import write_bytes
@@ -51,6 +53,16 @@ class Proposed:
     calls: int
     exact: bool = True
     note: str = ""
+
+    @property
+    def weighted(self) -> bool:
+        """Whether proposals count by their `log_weight`: particles, whose weights may be alike by chance."""
+        return bool(self.proposals) and (not self.exact or any(proposal.log_weight for proposal in self.proposals))
+
+
+def seed_of(seed: int, what: str, number: int) -> int:
+    """The seed of one thing that a run of `seed` draws, in round or step `number`: another for each."""
+    return xxhash.xxh3_64_intdigest(f"{seed} {what} {number}".encode()) >> 1
 
 
 Draw = Callable[[Sequence[PromptRow]], list[Proposed]]

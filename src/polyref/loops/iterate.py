@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import xxhash
 
 from polyref.data.prompt_rows import PromptRow
 from polyref.data.sources import prompt_key
 from polyref.loops.agents import Agent, Cast, equal_draws, merged, open_agent, refuse_flat, staying
 from polyref.loops.anchors import Anchor, anchor_of, under, with_anchor
 from polyref.loops.evaluate import Estimate
-from polyref.loops.generate import Draw, Progress, Proposed, generate
+from polyref.loops.generate import Draw, Progress, Proposed, generate, seed_of
 from polyref.loops.label import Labeller, label
 from polyref.loops.measure import mean_change, measured
 from polyref.loops.pairing import Apart, Pairing, pair
@@ -146,7 +145,7 @@ def _pairs(
     kept, groups, proposed, enhanced = [staying(one, plan.main) for one in main], None, main, Row()
     if plan.enhancer is not None:
         drawn = _draw(folder, plan, plan.enhancer, policies, prompts, outputs, "enhance", number)
-        other, enhanced = equal_draws(prompts, drawn, plan.enhancer, _seed(plan, "enhance", number))
+        other, enhanced = equal_draws(prompts, drawn, plan.enhancer, seed_of(plan.seed, "enhance", number))
         proposed, groups = merged(main, other)
         shifted = zip(kept, main, other, strict=True)
         kept = [own + [len(one.proposals) + i for i in staying(two, plan.enhancer)] for own, one, two in shifted]
@@ -154,7 +153,7 @@ def _pairs(
     if plan.labeller is None:
         refuse_flat(proposed, number)
     stage = folder.stage(f"pair-{number}", outputs)
-    how, apart = replace(plan.pairing, seed=_seed(plan, "pair", number)), plan.apart(earlier) if plan.apart else None
+    how, apart = replace(plan.pairing, seed=seed_of(plan.seed, "pair", number)), plan.apart(earlier) if plan.apart else None
     records, told = pair(stage, prompts, proposed, [_kept(some) for some in kept], how, groups=groups, apart=apart)
     outputs |= stage.outputs
     if plan.labeller is not None:
@@ -179,7 +178,7 @@ def _draw(
     """Completions of `agent` with the training reward, which alone is opened."""
     stage = folder.stage(f"{name}-{number}", outputs)
     cast = Cast(policies, plan.references, plan.model, plan.batch_size)
-    opened = open_agent(agent, cast, prompts, _seed(plan, name, number))
+    opened = open_agent(agent, cast, prompts, seed_of(plan.seed, name, number))
     options: Row = {"prompts_at_once": plan.prompts_at_once, "progress": plan.progress}
     found = generate(stage, prompts, opened, lambda: [plan.open_reward()], **options)
     outputs |= stage.outputs
@@ -197,7 +196,7 @@ def _train(
 ) -> tuple[Policy, Row]:
     """The policy of round `number`, trained on what `replay` takes, from the one before or from the start."""
     policy = policies[0] if plan.from_start else policies[-1]
-    records = mixed(pairs, plan.offline, plan.replay, seed=_seed(plan, "offline", number))
+    records = mixed(pairs, plan.offline, plan.replay, seed=seed_of(plan.seed, "offline", number))
     fixed = plan.anchor.kind == "references"
     own = not fixed and policy is policies[-1] and (number == 1 or plan.anchor.kind == "previous")
     at: Start = "anchor" if own else "unknown" if fixed and policy is policies[0] else "moved"
@@ -219,7 +218,7 @@ def _evaluate(
     number: int,
 ) -> tuple[list[Proposed], Row]:
     """Completions of `policy` as it is after round `number`, drawn with the same randomness every time, and what they say."""
-    stage, seed = folder.stage(f"evaluate-{number}", outputs), _seed(plan, "evaluate", 0)
+    stage, seed = folder.stage(f"evaluate-{number}", outputs), seed_of(plan.seed, "evaluate", 0)
     options: Row = {"batch_size": plan.batch_size, "seed": seed}
     references, rows = with_anchor(plan.references, anchor, prompts)
 
@@ -247,10 +246,6 @@ def _record(folder: RunFolder, plan: Plan, row: Row) -> None:
         step = max((line["step"] for line in rows if before(line)), default=0)
         folder.append_metrics({"round": number, "step": step} | values)
     plan.told(row)
-
-
-def _seed(plan: Plan, what: str, number: int) -> int:
-    return xxhash.xxh3_64_intdigest(f"{plan.seed} {what} {number}".encode()) >> 1
 
 
 def _kept(indices: Sequence[int]) -> Kept:

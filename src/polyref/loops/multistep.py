@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 
 from polyref.data.prompt_rows import PromptRow
 from polyref.errors import DataError
 from polyref.loops.accept import Acceptance, accept_all
 from polyref.loops.evaluate import evaluated
-from polyref.loops.generate import Draw, Progress, Proposed, finite, generate
+from polyref.loops.generate import Draw, Progress, Proposed, finite, generate, seed_of
 from polyref.loops.pairing import Pairing, pair
 from polyref.loops.policies import Policy, from_policy, from_references
 from polyref.loops.train import Training, train
@@ -86,7 +85,7 @@ def multistep(
         row = {"step": step, "beta": beta, "step_beta": step_beta(previous, beta)}
         row |= _counted(proposed)
         original = plan.references if plan.correct and step > 1 else None
-        how = Acceptance(beta, previous, plan.keep, plan.r_max, _seed(plan, "accept", step), original)
+        how = Acceptance(beta, previous, plan.keep, plan.r_max, seed_of(plan.seed, "accept", step), original)
         kept = accept_all(prompts, proposed, how, step)
         row |= _kept(kept, plan)
         stage = folder.stage(f"pair-{step}", outputs)
@@ -117,7 +116,7 @@ def _propose(
     folder: RunFolder, plan: Plan, policy: Policy, prompts: Sequence[PromptRow], inputs: dict[str, str], step: int
 ) -> tuple[list[Proposed], dict[str, str]]:
     """Scored proposals of step `step`, and what later stages depend on."""
-    stage, seed = folder.stage(f"propose-{step}", inputs), _seed(plan, "propose", step)
+    stage, seed = folder.stage(f"propose-{step}", inputs), seed_of(plan.seed, "propose", step)
     how = Drawing(plan.proposals, plan.proposals, plan.parameters, plan.method, plan.budget, plan.batch_size, seed)
 
     def open_draw() -> Draw:
@@ -142,7 +141,7 @@ def _evaluate(
     step: int,
 ) -> tuple[list[Proposed], Row]:
     """Completions of `policy` as it is after `step`, drawn with the same randomness at every step, and what they say."""
-    stage, seed = folder.stage(f"evaluate-{step}", inputs), _seed(plan, "evaluate", 0)
+    stage, seed = folder.stage(f"evaluate-{step}", inputs), seed_of(plan.seed, "evaluate", 0)
     options: Row = {"batch_size": plan.batch_size, "seed": seed, "scored": plan.references}
 
     def open_draw() -> Draw:
@@ -152,10 +151,6 @@ def _evaluate(
     how: Row = {"prompts_at_once": plan.prompts_at_once, "progress": plan.progress}
     drawn = generate(stage, prompts, open_draw, lambda: [one() for one in openers], **how)
     return drawn, evaluated(prompts, drawn, start if start is not None else drawn, plan.references, seed=plan.seed)
-
-
-def _seed(plan: Plan, what: str, step: int) -> int:
-    return xxhash.xxh3_64_intdigest(f"{plan.seed} {what} {step}".encode()) >> 1
 
 
 def _counted(proposed: Sequence[Proposed]) -> Row:
