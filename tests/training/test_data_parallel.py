@@ -41,6 +41,10 @@ if trainer.is_world_process_zero():
     trainer.save_model(output + "/model")
     lines = [*(line for line in trainer.state.log_history if "loss" in line), evaluated, predicted]
     json.dump(lines, open(output + "/log.json", "w"))
+if "WORLD_SIZE" in os.environ:  # threads of gloo that outlive the interpreter abort it, rarely
+    import torch.distributed
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
