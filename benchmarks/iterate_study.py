@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -31,8 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import iterate_study_report
 import multistep_study
 import torch
-from multistep_study import gold, prepare, proxy
-from robust_study import everything, refuse_other_settings
+from multistep_study import conduct, gold, parse_arguments, proxy
 from transformers import logging as transformers_logging
 
 from polyref import Reference, ReferenceSet
@@ -95,41 +93,9 @@ class Study:
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    if arguments.markdown:
-        print(iterate_study_report.markdown(json.loads(iterate_study_report.file(arguments.tier).read_text())))
-        return
-    study = make_study(arguments)
-    Path(study.folder).mkdir(parents=True, exist_ok=True)
-    refuse_other_settings(study)
+    arguments = parse_arguments(__doc__, MINUTES, "runs/iterate_study")
     runs = [(*cell, seed) for seed, cell in itertools.product(arguments.seeds, GRIDS[arguments.tier])]
-    waiting = [one for one in runs if not (study.run_folder(*one) / "summary.json").exists()]
-    minutes = len(waiting) * MINUTES[arguments.tier] / min(arguments.processes, max(len(waiting), 1))
-    print(f"{len(waiting)} of {len(runs)} runs to do, about {minutes:.0f} minutes", flush=True)
-    prepare(study, arguments)
-    everything(run, study, waiting, arguments.processes)
-    iterate_study_report.write(arguments.tier, study.settings(), {one: study.run_folder(*one) for one in runs})
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tier", choices=MINUTES, required=True)
-    parser.add_argument("--pocket", type=Path, help="folder written by examples/pocket_policy.py")
-    parser.add_argument("--gold", help="folder of all-MiniLM-L6-v2")
-    parser.add_argument("--model", help="SmolLM2-135M-Instruct: a folder or hub id")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--robust_study", type=Path, default=Path("runs/robust_study"), help="its --output_dir")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/iterate_study"))
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="+", help="0 1 2, of --tier smollm2 only 0")
-    parser.add_argument("--markdown", action="store_true", help="train nothing; print the table of the results there are")
-    arguments = parser.parse_args()
-    arguments.seeds = arguments.seeds or ([0, 1, 2] if arguments.tier == "pocket" else [0])
-    if not arguments.markdown and (arguments.pocket is None or arguments.gold is None):
-        parser.error("give --pocket and --gold")
-    if not arguments.markdown and arguments.tier == "smollm2" and arguments.model is None:
-        parser.error("--tier smollm2 needs --model")
-    return arguments
+    conduct(arguments, make_study, run, runs, MINUTES[arguments.tier], iterate_study_report)
 
 
 def make_study(arguments: argparse.Namespace) -> Study:

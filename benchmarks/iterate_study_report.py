@@ -11,11 +11,7 @@ from typing import Any
 
 import multistep_study_report
 import numpy as np
-from multistep_study_report import _interval as interval
-from multistep_study_report import _percent as percent
-from multistep_study_report import _rows as rows_of
-from multistep_study_report import _said as said
-from multistep_study_report import _wins as wins
+from multistep_study_report import interval, percent, rows_of, said, wins
 
 from polyref.files import write_bytes
 

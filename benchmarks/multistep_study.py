@@ -97,31 +97,47 @@ class Study:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parse_arguments(__doc__, MINUTES, "runs/multistep_study")
+    runs = [(arm, seed) for seed, arm in itertools.product(arguments.seeds, ARMS)]
+    conduct(arguments, make_study, run, runs, MINUTES[arguments.tier], multistep_study_report)
+
+
+def conduct(
+    arguments: argparse.Namespace,
+    make: Callable[[argparse.Namespace], Any],
+    one: Callable[..., None],
+    runs: Any,
+    each: float,
+    report: Any,
+) -> None:
+    """Take the `runs` that are not done of the study that `make` makes, by `one`, in `each` so many minutes.
+
+    Writes what the module `report` makes of all of them; with --markdown only prints the table of the results there are.
+    """
     if arguments.markdown:
-        print(multistep_study_report.markdown(json.loads(multistep_study_report.file(arguments.tier).read_text())))
+        print(report.markdown(json.loads(report.file(arguments.tier).read_text())))
         return
-    study = make_study(arguments)
+    study = make(arguments)
     Path(study.folder).mkdir(parents=True, exist_ok=True)
     refuse_other_settings(study)
-    runs = [(arm, seed) for seed, arm in itertools.product(arguments.seeds, ARMS)]
-    waiting = [one for one in runs if not (study.run_folder(*one) / "summary.json").exists()]
-    minutes = len(waiting) * MINUTES[arguments.tier] / min(arguments.processes, max(len(waiting), 1))
+    waiting = [own for own in runs if not (study.run_folder(*own) / "summary.json").exists()]
+    minutes = len(waiting) * each / min(arguments.processes, max(len(waiting), 1))
     print(f"{len(waiting)} of {len(runs)} runs to do, about {minutes:.0f} minutes", flush=True)
     prepare(study, arguments)
-    everything(run, study, waiting, arguments.processes)
-    multistep_study_report.write(arguments.tier, study.settings(), {one: study.run_folder(*one) for one in runs})
+    everything(one, study, waiting, arguments.processes)
+    report.write(arguments.tier, study.settings(), {own: study.run_folder(*own) for own in runs})
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tier", choices=MINUTES, required=True)
+def parse_arguments(told: str | None, tiers: Mapping[str, float], output_dir: str) -> argparse.Namespace:
+    """The arguments of a study of `tiers`, whose runs are in `output_dir` unless another is named."""
+    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tier", choices=tiers, required=True)
     parser.add_argument("--pocket", type=Path, help="folder written by examples/pocket_policy.py")
     parser.add_argument("--gold", help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--model", help="SmolLM2-135M-Instruct: a folder or hub id")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--robust_study", type=Path, default=Path("runs/robust_study"), help="its --output_dir")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/multistep_study"))
+    parser.add_argument("--output_dir", type=Path, default=Path(output_dir))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", help="0 1 2, of --tier smollm2 only 0")
     parser.add_argument("--markdown", action="store_true", help="train nothing; print the table of the results there are")

@@ -49,7 +49,7 @@ def write(tier: str, settings: Mapping[str, Any], runs: Runs) -> None:
 
 def judged(run: Path, step: int) -> dict[str, np.ndarray]:
     """What was drawn on the held-out prompts after a step: reward, gold and log pi/anchor in nats, all (P, draws)."""
-    prompts = [row for chunk in sorted((run / "stages" / f"evaluate-{step}").glob("chunk-*.json")) for row in _rows(chunk)]
+    prompts = [row for chunk in sorted((run / "stages" / f"evaluate-{step}").glob("chunk-*.json")) for row in rows_of(chunk)]
     return {
         "reward": np.array([[one["rewards"][0] for one in row] for row in prompts]),
         "gold": np.array([[one["rewards"][1] for one in row] for row in prompts]),
@@ -57,7 +57,7 @@ def judged(run: Path, step: int) -> dict[str, np.ndarray]:
     }
 
 
-def _rows(chunk: Path) -> list[list[dict[str, Any]]]:
+def rows_of(chunk: Path) -> list[list[dict[str, Any]]]:
     return [row["proposals"] for row in json.loads(chunk.read_text())]
 
 
@@ -83,8 +83,8 @@ def summary(runs: Runs, arm: str, seeds: Sequence[int]) -> dict[str, Any]:
         "scored": float(np.mean([sum(row["scored"] for row in one["steps"][1:]) for one in told])),
         "tokens": float(np.mean([one["tokens"] for one in told])),
         "reached": all(one["reached"] for one in told),
-        "over_start": _wins(after, start),
-        "over_rso": _wins(after, rso),
+        "over_start": wins(after, start),
+        "over_rso": wins(after, rso),
         "reward_less_rso": _difference(after, rso, "reward"),
         "gold_less_rso": _difference(after, rso, "gold"),
         "by_seed": [{name: float(values.mean()) for name, values in one.items()} for one in after],
@@ -96,18 +96,18 @@ def _last(run: Path) -> int:
 
 
 def _point(found: Judged) -> dict[str, list[float]]:
-    return {name: _interval([one[name].mean(1) for one in found]) for name in ("reward", "gold", "kl")}
+    return {name: interval([one[name].mean(1) for one in found]) for name in ("reward", "gold", "kl")}
 
 
 def _difference(after: Judged, before: Judged, name: str) -> list[float]:
-    return _interval([a[name].mean(1) - b[name].mean(1) for a, b in zip(after, before, strict=True)])
+    return interval([a[name].mean(1) - b[name].mean(1) for a, b in zip(after, before, strict=True)])
 
 
-def _interval(by_seed: Sequence[np.ndarray]) -> list[float]:
+def interval(by_seed: Sequence[np.ndarray]) -> list[float]:
     return list(mean_interval(np.concatenate(by_seed), np.tile(np.arange(len(by_seed[0])), len(by_seed)), seed=0))
 
 
-def _wins(after: Judged, before: Judged) -> list[float]:
+def wins(after: Judged, before: Judged) -> list[float]:
     found = [crossed_outcomes(*(torch.from_numpy(x["gold"]) for x in two)) for two in zip(after, before, strict=True)]
     names = [str(prompt) for one in found for prompt in range(len(one))]
     return list(win_rate(np.concatenate(found), names, seed=0).rate)
@@ -127,24 +127,24 @@ def markdown(result: Mapping[str, Any]) -> str:
     head = ("Arm", "reward", "KL, nats", "gold", "wins over the start", "over RSO", "accepted, by step", "pairs", "tokens")
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     start = next(iter(result["arms"].values()))["steps"][0]
-    lines.append(f"| start | {_said(start['reward'])} | {_said(start['kl'])} | {_said(start['gold'])} | 50 | | | | |")
+    lines.append(f"| start | {said(start['reward'])} | {said(start['kl'])} | {said(start['gold'])} | 50 | | | | |")
     for arm, row in result["arms"].items():
         last = row["steps"][-1]
         rates = list(zip(*row["acceptance"], strict=False))
         accepted = ", ".join("–" if None in rate else f"{100 * np.mean(rate):.0f}%" for rate in rates)
-        over = "50" if arm == BASELINE else _percent(row["over_rso"])
-        numbers = (_said(last["reward"]), _said(last["kl"]), _said(last["gold"]), _percent(row["over_start"]), over)
+        over = "50" if arm == BASELINE else percent(row["over_rso"])
+        numbers = (said(last["reward"]), said(last["kl"]), said(last["gold"]), percent(row["over_start"]), over)
         name = arm if row["reached"] else f"{arm} (beta not reached)"
         lines.append(f"| {name} | {' | '.join(numbers)} | {accepted} | {row['pairs']:.0f} | {row['tokens']:.0f} |")
     return "\n".join(lines)
 
 
-def _said(values: Sequence[float]) -> str:
+def said(values: Sequence[float]) -> str:
     mean, low, high = values
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _percent(values: Sequence[float]) -> str:
+def percent(values: Sequence[float]) -> str:
     mean, low, high = (100 * value for value in values)
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 

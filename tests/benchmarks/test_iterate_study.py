@@ -59,7 +59,7 @@ def tiny(study: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> An
     (root / "prepared" / "gold.json").write_text(json.dumps({"weights": [1.0]}))
     references = tuple((name, model, None) for name, model in zip("abc", models, strict=True))
     made = study.main.Study(models[0], references, "", str(root / "prepared"), str(root / "own"), 8, 3, 2, 4, 2, 4, 4, 1e-3, 4)
-    study.main.prepare(made, SimpleNamespace())
+    study.steps.prepare(made, SimpleNamespace())
     return made
 
 
@@ -87,7 +87,7 @@ def test_arms_are_compared_at_equal_labels(
 
 def test_the_first_round_is_offline_training_on_fewer_labels(study: SimpleNamespace, tiny: Any, tmp_path: Path) -> None:
     half = replace(tiny, folder=str(tmp_path), prompts=4, updates=2)
-    study.main.prepare(half, SimpleNamespace())
+    study.steps.prepare(half, SimpleNamespace())
     study.main.run(tiny, "rounds", 1, 0.3, 1)
     study.main.run(half, "offline", 1, 0.3, 1)
     first = study.report.judged(tiny.run_folder("rounds", 1, 0.3, 1), 1)
