@@ -36,7 +36,7 @@ from transformers import logging as transformers_logging
 from polyref import Reference, ReferenceSet
 from polyref.cli.iterate import make_iterate
 from polyref.cli.iterate_settings import EnhancerSettings, IterateSettings
-from polyref.cli.multistep_settings import MultistepPrompts
+from polyref.cli.loop_settings import LoopPrompts
 from polyref.cli.settings import LoraSettings
 from polyref.rewards.functions import NamedReward
 from polyref.rewards.rules import rule
@@ -136,7 +136,7 @@ def run(study: Study, arm: str, members: int, beta: float, seed: int) -> None:
         batch_size=64 if study.lora_layers is None else 32,
     )
     folder = Path(study.folder)
-    prompts = MultistepPrompts(data=str(folder / "prompts.jsonl"), eval_data=str(folder / "held_out.jsonl"))
+    prompts = LoopPrompts(data=str(folder / "prompts.jsonl"), eval_data=str(folder / "held_out.jsonl"))
     training = {
         "learning_rate": study.learning_rate,
         "max_steps": study.updates // rounds,

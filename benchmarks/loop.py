@@ -138,7 +138,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Mapping[tuple[str, s
 def settings(arguments: argparse.Namespace, run: Path) -> tuple[Any, Any]:
     """What `make_iterate` is asked for."""
     from polyref.cli.iterate_settings import EnhancerSettings, IterateSettings
-    from polyref.cli.multistep_settings import MultistepPrompts
+    from polyref.cli.loop_settings import LoopPrompts
     from polyref.cli.preference_source import RewardSource
     from polyref.cli.settings import LoraSettings
     from polyref.references.reference_set import Reference, ReferenceSet
@@ -163,7 +163,7 @@ def settings(arguments: argparse.Namespace, run: Path) -> tuple[Any, Any]:
     )
     prompts, held_out = arguments.prompts, arguments.held_out
     form = "as_is" if arguments.quick else "chat"
-    return own, MultistepPrompts(arguments.data, limit=prompts, held_out=held_out, prompt_format=form)  # type: ignore[arg-type]
+    return own, LoopPrompts(arguments.data, limit=prompts, held_out=held_out, prompt_format=form)  # type: ignore[arg-type]
 
 
 def saved_tiny(folder: Path, arguments: argparse.Namespace) -> tuple[str, str]:

@@ -39,8 +39,9 @@ from scipy.special import expit
 from transformers import logging as transformers_logging
 
 from polyref import Reference, ReferenceSet
+from polyref.cli.loop_settings import LoopPrompts
 from polyref.cli.multistep import make_multistep
-from polyref.cli.multistep_settings import MultistepPrompts, MultistepSettings
+from polyref.cli.multistep_settings import MultistepSettings
 from polyref.cli.settings import LoraSettings
 from polyref.files import write_bytes
 from polyref.rewards.functions import NamedReward
@@ -203,7 +204,7 @@ def run(study: Study, arm: str, seed: int) -> None:
         **ARMS[arm],
     )
     own = Path(study.folder)
-    prompts = MultistepPrompts(data=str(own / "prompts.jsonl"), eval_data=str(own / "held_out.jsonl"))
+    prompts = LoopPrompts(data=str(own / "prompts.jsonl"), eval_data=str(own / "held_out.jsonl"))
     training = {
         "learning_rate": study.learning_rate,
         "max_steps": study.updates // parts,

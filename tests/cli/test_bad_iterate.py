@@ -11,7 +11,7 @@ from cli_world import World, assert_ends_in_one_line, assert_refused, table
 from judge_world import completion, listening
 from polyref.cli.iterate import make_iterate
 from polyref.cli.iterate_settings import IterateSettings
-from polyref.cli.multistep_settings import MultistepPrompts
+from polyref.cli.loop_settings import LoopPrompts
 from polyref.errors import ConfigError
 from polyref.rewards.functions import from_function
 
@@ -90,7 +90,7 @@ def test_a_judge_whose_budget_is_spent_is_asked_on_under_the_same_run_name(world
 
 
 def test_options_that_are_the_runs_own_are_refused(tmp_path: Path) -> None:
-    prompts, reward = MultistepPrompts("prompts.jsonl"), from_function(lambda prompt, text: 0.0, "flat")
+    prompts, reward = LoopPrompts("prompts.jsonl"), from_function(lambda prompt, text: 0.0, "flat")
     own = IterateSettings(str(tmp_path / "run"), "model")
     for training, says in (({"beta": 0.1}, "training has beta"), ({"no_such": 1}, "no_such")):
         with pytest.raises(ConfigError, match=says):

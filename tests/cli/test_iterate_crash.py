@@ -16,7 +16,7 @@ from cli_world import World, some_rows
 from crash import Ended, Point, Runs, Warm, halve, left_by, spread
 from polyref.cli.iterate import make_iterate
 from polyref.cli.iterate_settings import IterateSettings
-from polyref.cli.multistep_settings import MultistepPrompts
+from polyref.cli.loop_settings import LoopPrompts
 from polyref.errors import ModelError
 from polyref.rewards.functions import NamedReward
 from polyref.types import Text
@@ -204,7 +204,7 @@ def test_a_reward_that_fails_in_mid_round_is_one_line_and_a_mended_one_goes_on(f
         own = IterateSettings(str(world.path / name / "run"), str(world.model), completions=2, eval_completions=1)
         own.rounds, own.max_new_tokens, own.prompts_at_once = 2, 4, 2
         training = {"per_device_train_batch_size": 8, "num_train_epochs": 1}
-        return make_iterate(own, MultistepPrompts(str(data), limit=4), training, reward=NamedReward("mine", reward))
+        return make_iterate(own, LoopPrompts(str(data), limit=4), training, reward=NamedReward("mine", reward))
 
     data = world.pairs()
     assert rounds("unbroken") is not None

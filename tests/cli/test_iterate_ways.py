@@ -16,7 +16,7 @@ from polyref.cli import training_rewards
 from polyref.cli.iterate import make_iterate
 from polyref.cli.iterate_plan import offline_of
 from polyref.cli.iterate_settings import EnhancerSettings, IterateSettings
-from polyref.cli.multistep_settings import MultistepPrompts
+from polyref.cli.loop_settings import LoopPrompts
 from polyref.cli.multistep_summary import judges_of
 from polyref.cli.preference_source import RewardSource
 from polyref.data.sources import load_preferences
@@ -138,12 +138,12 @@ def test_offline_pairs_are_trained_on_beside_fresh_prompts(world: World, caplog:
 def test_offline_pairs_of_held_out_prompts_are_left_out_and_counted(world: World) -> None:
     data = str(world.pairs())  # 6 prompts, each twice
     own = IterateSettings("run", "model", offline_data=data)
-    source = MultistepPrompts(data, held_out=2)
+    source = LoopPrompts(data, held_out=2)
     prompts, held_out = source.load()
     offline = offline_of(own, source, held_out)
     assert (len(offline.pairs), offline.left_out) == (8, 4)
     assert judges_of([*prompts, *offline.pairs], held_out, [])["judged_on"] == "2 held-out prompts"
-    elsewhere = MultistepPrompts(str(world.pairs({"prompt": "new?"}, name="new.jsonl")), eval_data=data)
+    elsewhere = LoopPrompts(str(world.pairs({"prompt": "new?"}, name="new.jsonl")), eval_data=data)
     offline = offline_of(own, elsewhere, elsewhere.load()[1])
     assert offline.left_out == 0, "who names what judges may train on it, and is told"
     found = judges_of(offline.pairs, elsewhere.load()[1], source.pairs(data)[:3])
@@ -199,9 +199,7 @@ def test_functions_reward_label_and_pair_by_uncertainty(world: World) -> None:
     own = IterateSettings(run, str(world.model), rounds=1, pairing="farthest", label="model", eval_completions=1)
     own.completions, own.max_new_tokens, own.enhancer = 2, 4, EnhancerSettings(completions=2)
     training = {"per_device_train_batch_size": 8, "num_train_epochs": 1}
-    summary = make_iterate(
-        own, MultistepPrompts(str(data), limit=3), training, reward=Counting(), preference=from_reward(LETTERS)
-    )
+    summary = make_iterate(own, LoopPrompts(str(data), limit=3), training, reward=Counting(), preference=from_reward(LETTERS))
     assert summary is not None and summary["label"] == "model" and summary["reward"] == "a function"
     labelled = load_preferences(Path(run) / "stages/label-1/labelled.jsonl")
     assert all(one.chosen_probability is not None and len(one.chosen) >= len(one.rejected) for one in labelled)

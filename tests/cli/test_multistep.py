@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from cli_world import World, assert_ends_in_one_line, assert_refused, table
 from crash import Point, Runs, Warm, left_by
 from polyref.cli import training_rewards
+from polyref.cli.loop_settings import LoopPrompts
 from polyref.cli.multistep import make_multistep
-from polyref.cli.multistep_settings import MultistepPrompts, MultistepSettings
+from polyref.cli.multistep_settings import MultistepSettings
 from polyref.cli.preference_source import RewardSource
 from polyref.data.sources import load_preferences
 from polyref.errors import ConfigError
@@ -203,7 +204,7 @@ def test_a_reward_that_is_no_number_stops_the_run_and_a_mended_one_goes_on(
 
 
 def test_training_options_that_are_the_runs_own_are_refused(tmp_path: Path) -> None:
-    own, prompts = MultistepSettings(str(tmp_path / "run"), "model"), MultistepPrompts("prompts.jsonl")
+    own, prompts = MultistepSettings(str(tmp_path / "run"), "model"), LoopPrompts("prompts.jsonl")
     reward = from_function(lambda prompt, text: 0.0, "flat")
     for training, says in (({"beta": 0.1}, "training has beta"), ({"no_such": 1}, "no_such")):
         with pytest.raises(ConfigError, match=says):

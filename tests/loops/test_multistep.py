@@ -13,8 +13,9 @@ import torch
 from transformers import PhiConfig, PhiForCausalLM
 
 from fakes import word_tokenizer
+from polyref.cli.loop_settings import LoopPrompts
 from polyref.cli.multistep import make_multistep
-from polyref.cli.multistep_settings import MultistepPrompts, MultistepSettings
+from polyref.cli.multistep_settings import MultistepSettings
 from polyref.data.prompt_rows import PromptRow
 from polyref.loops import multistep as loop
 from polyref.loops.accept import Acceptance, accept
@@ -94,7 +95,7 @@ def stepped(models: list[Path], run: Path, composition: Any = "geometric", **cha
     own = MultistepSettings(str(run), str(models[0]), references=references, **usual | changes)
     training = {"learning_rate": 0.01, "num_train_epochs": 25, "per_device_train_batch_size": 75, "weight_decay": 0.0}
     training |= {"cache_dir": str(run.parent / "cache"), "save_strategy": "no", "logging_steps": 20}
-    return make_multistep(own, MultistepPrompts(str(data)), training, reward=REWARD, gold=REWARD)
+    return make_multistep(own, LoopPrompts(str(data)), training, reward=REWARD, gold=REWARD)
 
 
 SLOW = (pytest.mark.slow, pytest.mark.ci)

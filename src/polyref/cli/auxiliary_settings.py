@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Literal
 
+from polyref.cli import checks
 from polyref.cli.auxiliary_stages import Drawing
 from polyref.cli.preference_source import JUDGE_BUDGET
 from polyref.data.write import WRITTEN_KINDS, check_written
@@ -57,20 +57,13 @@ class AuxiliarySettings:
     file_name: str = "pairs.jsonl"
 
     def __post_init__(self) -> None:
-        if not self.output_dir.strip():
-            raise ConfigError("output_dir is empty", fix="name the run folder")
+        checks.named(self.output_dir)
         check_written(self.file_name)
-        if Path(self.file_name).name != self.file_name or self.file_name in (*_TAKEN, self.held_out_name):
-            raise ConfigError(
-                f"file_name is {self.file_name}", fix="name a file of the run folder that nothing else is kept in"
-            )
-        for name in ("pairs", "batch_size", "prompts_at_once"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", fix="give at least 1")
+        checks.own_file(self.file_name, (*_TAKEN, self.held_out_name))
+        checks.counts(self, "pairs", "batch_size", "prompts_at_once")
         if self.redraws < 0:
             raise ConfigError(f"redraws is {self.redraws}", fix="give at least 0")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}", fix="give a whole number from 0")
+        checks.whole("seed", self.seed)
         self.parameters  # noqa: B018  checked when made
 
     @property

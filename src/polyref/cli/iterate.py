@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from polyref.cli.iterate_settings import IterateSettings
-from polyref.cli.multistep_settings import MultistepPrompts
+from polyref.cli.loop_settings import LoopPrompts
 from polyref.cli.preference_source import JUDGE_BUDGET
 from polyref.cli.training_run import MAY_CHANGE, add_training_arguments, pick, refuse_many_processes, run_folder_of
 from polyref.training.config import PreferenceConfig
@@ -33,7 +33,7 @@ ASKING = ("label_how", "port", "annotator", *(f"labeller.{name}" for name in JUD
 def add_arguments(parser: ArgumentParser) -> None:
     """The verb's settings: policy, rewards, rounds, prompts, and the `PreferenceConfig` options of every round's training."""
     parser.add_class_arguments(IterateSettings, skip={"output_dir"})
-    parser.add_class_arguments(MultistepPrompts)
+    parser.add_class_arguments(LoopPrompts)
     add_training_arguments(parser, PreferenceConfig, skip=OWN)
     parser.add_argument("--dry_run", action="store_true", help="Print the plan, with time and disk, and do nothing.")
 
@@ -43,7 +43,7 @@ def run(settings: Namespace) -> None:
     values = vars(settings)
     run_folder_of(values)
     dry = values.pop("dry_run")
-    own, prompts = IterateSettings(**pick(values, IterateSettings)), MultistepPrompts(**pick(values, MultistepPrompts))
+    own, prompts = IterateSettings(**pick(values, IterateSettings)), LoopPrompts(**pick(values, LoopPrompts))
     training = {k: v for k, v in pick(values, PreferenceConfig).items() if k not in vars(own) and k not in vars(prompts)}
     config = {k: v for k, v in values.items() if k not in ("config", "output_dir")}
     if dry:
@@ -56,7 +56,7 @@ def run(settings: Namespace) -> None:
 
 def make_iterate(
     own: IterateSettings,
-    source: MultistepPrompts,
+    source: LoopPrompts,
     training: Mapping[str, Any],
     config: Mapping[str, Any] | None = None,
     *,

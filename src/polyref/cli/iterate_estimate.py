@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from polyref.cli.iterate_settings import IterateSettings
-from polyref.cli.multistep_settings import MultistepPrompts
+from polyref.cli.loop_settings import LoopPrompts
 from polyref.cli.training_run import MAY_CHANGE, refuse_many_processes
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Count:
     passes: int
 
 
-def print_plan(own: IterateSettings, source: MultistepPrompts, training: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def print_plan(own: IterateSettings, source: LoopPrompts, training: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Write the plan to standard output. Refuses what the run, of this `config`, would itself refuse before it draws."""
     from polyref.cli.iterate import ASKING
     from polyref.cli.iterate_plan import check_labeller, check_training, inputs_of, offline_of, open_rewards

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polyref.cli.iterate_settings import IterateSettings
-from polyref.cli.multistep_plan import drawing_inputs, held_to, training_settings
-from polyref.cli.multistep_settings import MultistepPrompts
+from polyref.cli.loop_plan import checked_settings, drawing_inputs, held_to, training_settings
+from polyref.cli.loop_settings import LoopPrompts
 from polyref.cli.settings import peft_config
 from polyref.errors import ConfigError
 from polyref.training.config import PreferenceConfig
@@ -29,14 +29,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OWN = ("beta", "prompt_format", "output_dir")
-
 
 def check_training(own: IterateSettings, training: Mapping[str, Any]) -> PreferenceConfig:
     """The configuration of every training. ConfigError for an option that is the run's own, or has no meaning here."""
-    if given := sorted(set(_OWN) & training.keys()):
-        raise ConfigError(f"training has {given[0]}, which is the run's own", fix="leave it out, or set it beside training")
-    args = training_settings(training, own.beta, own.output_dir)
+    args = checked_settings(training, own.beta, own.output_dir)
     if args.objective != "plain":
         raise ConfigError(f"objective is {args.objective}, but rounds have no auxiliary pairs", fix="leave it out")
     if args.eval_strategy != "no" or args.load_best_model_at_end:
@@ -60,7 +56,7 @@ class Offline(NamedTuple):
     left_out: int
 
 
-def offline_of(own: IterateSettings, source: MultistepPrompts, held_out: Sequence[PromptRow]) -> Offline:
+def offline_of(own: IterateSettings, source: LoopPrompts, held_out: Sequence[PromptRow]) -> Offline:
     """The offline pairs without those of prompts that `held_out` took; those of eval_data may be trained on.
 
     ConfigError where none is left.

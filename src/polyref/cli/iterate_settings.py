@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from polyref.cli.multistep_settings import anchor_or_start, one_of
+from polyref.cli import checks
+from polyref.cli.loop_settings import anchor_or_start
 from polyref.cli.preference_source import PreferenceSource, RewardSource
 from polyref.cli.settings import LoraSettings
 from polyref.cli.training_rewards import TrainingRewards
@@ -155,18 +155,12 @@ class IterateSettings:
     prompts_at_once: int = 32
 
     def __post_init__(self) -> None:
-        if not self.output_dir.strip():
-            raise ConfigError("output_dir is empty", fix="name the run folder")
-        if not 0 < self.beta < math.inf:
-            raise ConfigError(f"beta is {self.beta:g}", fix="give a finite number above 0")
-        counts = ("rounds", "prompts_per_round", "completions", "max_new_tokens", "pairs", "eval_completions", "batch_size")
-        for name in (*counts, "prompts_at_once"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", fix="give at least 1")
-        for name in ("min_margin", "tie_within"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}", fix="give a finite number of at least 0")
-        one_of("pairing", self.pairing, _PAIRINGS)
+        checks.named(self.output_dir)
+        checks.positive("beta", self.beta)
+        checks.counts(self, "rounds", "prompts_per_round", "completions", "max_new_tokens", "pairs", "eval_completions")
+        checks.counts(self, "batch_size", "prompts_at_once")
+        checks.not_negative(self, "min_margin", "tie_within")
+        checks.one_of("pairing", self.pairing, _PAIRINGS)
         self._check_agents()
         self._check_labels()
         rewards = self.rewards
@@ -194,7 +188,7 @@ class IterateSettings:
     def _check_labels(self) -> None:
         from polyref.labelling.votes import check_annotator
 
-        one_of("label", self.label, LABELS)
+        checks.one_of("label", self.label, LABELS)
         check_annotator(self.annotator)
         if (self.labeller is not None) and self.label != "model":
             raise ConfigError(f"labeller has no effect on label {self.label}", fix="leave it out, or set label to model")

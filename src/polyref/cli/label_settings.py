@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from polyref.cli import checks
 from polyref.data.write import check_written
 from polyref.errors import ConfigError
 
@@ -79,15 +80,13 @@ class LabelSettings:
     def __post_init__(self) -> None:
         from polyref.labelling.votes import check_annotator
 
-        if not self.output_dir.strip():
-            raise ConfigError("output_dir is empty", fix="name the run folder")
+        checks.named(self.output_dir)
         if not self.question.strip():
             raise ConfigError("question is empty", fix="say what the annotator is to decide")
         check_annotator(self.annotator)
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port is {self.port}", fix="give a port below 65536, or 0 for any that is free")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}", fix="give a whole number from 0")
+        checks.whole("seed", self.seed)
         check_written(self.file_name)
         if Path(self.file_name).name != self.file_name or self.file_name in ("votes.jsonl", "metrics.jsonl", self.sheet_name):
             raise ConfigError(

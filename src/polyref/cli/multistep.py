@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from polyref.cli.multistep_settings import MultistepPrompts, MultistepSettings
+from polyref.cli.loop_settings import LoopPrompts
+from polyref.cli.multistep_settings import MultistepSettings
 from polyref.cli.training_run import MAY_CHANGE, add_training_arguments, pick, refuse_many_processes, run_folder_of
 from polyref.training.config import PreferenceConfig
 
@@ -27,7 +28,7 @@ OWN = ("beta", "prompt_format")
 def add_arguments(parser: ArgumentParser) -> None:
     """The verb's settings: policy, rewards, steps, prompts, and the `PreferenceConfig` options of every step's training."""
     parser.add_class_arguments(MultistepSettings, skip={"output_dir"})
-    parser.add_class_arguments(MultistepPrompts)
+    parser.add_class_arguments(LoopPrompts)
     add_training_arguments(parser, PreferenceConfig, skip=OWN)
 
 
@@ -35,14 +36,14 @@ def run(settings: Namespace) -> None:
     """Take the steps; a killed run goes on with the same command."""
     values = vars(settings)
     run_folder_of(values)
-    own, prompts = MultistepSettings(**pick(values, MultistepSettings)), MultistepPrompts(**pick(values, MultistepPrompts))
+    own, prompts = MultistepSettings(**pick(values, MultistepSettings)), LoopPrompts(**pick(values, LoopPrompts))
     training = {k: v for k, v in pick(values, PreferenceConfig).items() if k not in vars(own) and k not in vars(prompts)}
     make_multistep(own, prompts, training, {k: v for k, v in values.items() if k not in ("config", "output_dir")})
 
 
 def make_multistep(
     own: MultistepSettings,
-    source: MultistepPrompts,
+    source: LoopPrompts,
     training: Mapping[str, Any],
     config: Mapping[str, Any] | None = None,
     *,
@@ -55,7 +56,8 @@ def make_multistep(
     not change when the run is taken up again, by default all settings. `reward` and `gold` stand in for those that the settings
     name; a run knows them again by their name and, where they have one, their `fingerprint`.
     """
-    from polyref.cli.multistep_plan import check_training, drawing_inputs, make_plan
+    from polyref.cli.loop_plan import drawing_inputs
+    from polyref.cli.multistep_plan import check_training, make_plan
     from polyref.cli.multistep_summary import summary_of, tell, write
     from polyref.cli.progress import Meter
     from polyref.loops.multistep import multistep

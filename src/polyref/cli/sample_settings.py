@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from polyref.cli import checks
 from polyref.cli.preference_source import RewardSource
 from polyref.data.write import WRITTEN_KINDS, check_written
 from polyref.errors import ConfigError
@@ -110,22 +109,15 @@ class SampleSettings:
     file_name: str = "samples.jsonl"
 
     def __post_init__(self) -> None:
-        if not self.output_dir.strip():
-            raise ConfigError("output_dir is empty", fix="name the run folder")
-        _one_of("method", self.method, ("auto", *METHODS))
-        _one_of("tilt", self.tilt, TILTS)
+        checks.named(self.output_dir)
+        checks.one_of("method", self.method, ("auto", *METHODS))
+        checks.one_of("tilt", self.tilt, TILTS)
         if self.pairing is not None:
-            _one_of("pairing", self.pairing, _PAIRINGS)
+            checks.one_of("pairing", self.pairing, _PAIRINGS)
         check_written(self.file_name)
-        others = (*_TAKEN, self.prompts_name, self.pairs_name)
-        if Path(self.file_name).name != self.file_name or self.file_name in others:
-            fix = "name a file of the run folder that nothing else is kept in"
-            raise ConfigError(f"file_name is {self.file_name}", fix=fix)
-        for name in ("n", "proposals", "budget", "pairs", "batch_size", "prompts_at_once"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", fix="give at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}", fix="give a whole number from 0")
+        checks.own_file(self.file_name, (*_TAKEN, self.prompts_name, self.pairs_name))
+        checks.counts(self, "n", "proposals", "budget", "pairs", "batch_size", "prompts_at_once")
+        checks.whole("seed", self.seed)
         self._check_tilt()
         self.drawing  # noqa: B018  checked when made
 
@@ -140,10 +132,9 @@ class SampleSettings:
         given = [name for name in ("r_max", "proposals") if getattr(self, name) is not None]
         if self.beta is None and given:
             raise ConfigError(f"{given[0]} has no effect without beta", fix="give beta, or leave it out")
-        if self.beta is not None and not 0 < self.beta < math.inf:
-            raise ConfigError(f"beta is {self.beta:g}", fix="give a finite number above 0")
-        if self.r_max is not None and not math.isfinite(self.r_max):
-            raise ConfigError(f"r_max is {self.r_max}", fix="give a finite upper bound of the reward, or none")
+        if self.beta is not None:
+            checks.positive("beta", self.beta)
+        checks.finite_bound(self.r_max)
         if self.r_max is not None and self.tilt != "rejection":
             raise ConfigError(f"r_max has no effect on tilt {self.tilt}", fix="leave it out")
         if self.tilt == "forward":
@@ -151,9 +142,7 @@ class SampleSettings:
         if self.proposals is not None and self.proposals < self.n:
             what = f"{self.proposals} proposals cannot give {self.n} samples"
             raise ConfigError(what, fix="raise proposals, or lower n")
-        for name in ("min_margin", "tie_within"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}", fix="give a finite number of at least 0")
+        checks.not_negative(self, "min_margin", "tie_within")
 
     def _check_forward(self) -> None:
         if self.beta is None:
@@ -192,8 +181,3 @@ class SampleSettings:
     @property
     def _kind(self) -> str:
         return next(kind for kind in WRITTEN_KINDS if self.file_name.endswith(kind))
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"unknown {name} {value!r}", fix=f"use one of {', '.join(known)}")
