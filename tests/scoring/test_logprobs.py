@@ -15,6 +15,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -190,11 +191,39 @@ def test_in_half_precision_the_right_mask_is_kept_and_a_full_one_refused(name: s
             assert probe(model).layout == "separate"
 
 
-def test_the_probe_is_longer_than_a_chunk_of_attention() -> None:
+def test_under_autocast_rounding_is_that_of_its_dtype() -> None:
+    """Weights stay in float32 there, but products are rounded: to the resolution of float32 hardly a plan agrees."""
+    sizes = SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 4, "intermediate_size": 64, "initializer_range": 0.2}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert probe(model) == ScoringPlan(), seed
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "window_size", "attention_chunk_size", "local_attention", "index_topk"])
+def test_the_probe_is_longer_than_what_attention_reaches(name: str) -> None:
     config = LlamaConfig(**SIZES)
-    config.attention_chunk_size = 40
-    assert max(len(prompt) for prompt, _ in logprobs._probe_items(config, 100)) > 40
+    setattr(config, name, 40)
+    config.max_window_layers = 90
+    assert max(len(prompt) for prompt, _ in logprobs._probe_items(config, 100)) == 48
     assert max(len(prompt) for prompt, _ in logprobs._probe_items(config, 30)) == 16
+
+
+def test_a_model_that_keeps_a_window_to_itself_is_found_out() -> None:
+    """GPT-Neo counts its window along the row, whatever mask it is given, and calls it by another name."""
+    local = {"attention_types": [[["global", "local"], 1]], "window_size": 40}
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 256, "initializer_range": 0.4}
+    config = GPTNeoConfig(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, **sizes, **local)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    items, plan = [(prompt * 2, completions) for prompt, completions in draw_items(2)], probe(model)
+    assert plan.layout == "separate"
+    with torch.no_grad():
+        scored = completion_logps(model, collate(items, layout=plan.layout), plan).total.view(-1, 2)
+        torch.testing.assert_close(scored.double(), one_by_one(model, items), rtol=1e-4, atol=1e-4)
+        wrong = completion_logps(model, collate(items), replace(plan, layout="shared")).total
+    assert (wrong - scored).abs().max() > 0.01
 
 
 def test_logits_are_never_held_for_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:

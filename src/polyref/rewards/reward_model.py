@@ -91,7 +91,7 @@ class RewardModel:
         self.tokenizer, self.name, self.batch_size = tokenizer, name, batch_size
         self.max_length, self.truncation_mode = max_length, truncation_mode
         self.prompt_format, self.temperature = prompt_format, temperature
-        self.plan = probe_rewards(self.model, row_limit=max_length)
+        self.plan = probe_rewards(self.model, row_limit=max_length and _AT_ONCE * max_length)
 
     @classmethod
     def load(

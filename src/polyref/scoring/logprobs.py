@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_SEED = 0
 HALF_EPS = 1e-4  # between the resolution of float32 and those of float16 and bfloat16
+_REACH = re.compile(r"window(?!_layers|_pattern)|attention_chunk|local_attention|index_topk")
 Size = Callable[[Tensor], Tensor]
 
 
@@ -74,13 +76,18 @@ def token_scores(model: nn.Module, batch: TokenBatch, plan: ScoringPlan) -> Tens
 def decoder_inputs(model: nn.Module, batch: TokenBatch, plan: ScoringPlan) -> dict[str, Any]:
     """What `model` is called with for `batch` under `plan`: ids, positions and the mask of the layout."""
     if plan.layout == "shared":
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        if torch.is_autocast_enabled(batch.input_ids.device.type):
-            dtype = torch.get_autocast_dtype(batch.input_ids.device.type)
+        dtype = computing_dtype(model, batch.input_ids.device)
         mask: Any = shared_prompt_mask(batch, plan.mask, plan.window, dtype)
     else:
         mask = (batch.segment_ids >= 0).long()
     return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids, "use_cache": False}
+
+
+def computing_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
+    """What `model` computes in on `device`: the dtype of autocast where that is on, else of its weights."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -139,7 +146,7 @@ def find_plan(model: nn.Module, score: Score, *, row_limit: int | None = None) -
         if not torch.isfinite(one_by_one).all():
             raise ModelError("the model gives scores that are not finite", fix="check its weights and dtype")
         noise = (scores(items, plain) - one_by_one).abs()
-        eps = torch.finfo(next(model.parameters()).dtype).eps
+        eps = torch.finfo(computing_dtype(model, device)).eps
         half = eps > HALF_EPS
         size: Size = torch.mean if half else torch.max
         batching, rounding = (4, eps / 4) if half else (8, 4 * eps)
@@ -174,9 +181,9 @@ def _logit_transform(config: PretrainedConfig) -> LogitTransform:
 
 
 def _probe_items(config: PretrainedConfig, row_limit: int | None) -> list[Item]:
-    window = max(getattr(config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
     context = getattr(config, "max_position_embeddings", None) or 2**20
-    length = min(window + 8, context - 16) if row_limit is None or window < row_limit else 16
+    reach = max((n for n in _reaches(config) if row_limit is None or n < row_limit), default=0)
+    length = min(reach + 8, context - 16)
     lengths = ((max(length, 16), (9, 5)), (max(length, 16) // 2, (4, 11)))
     generator = torch.Generator().manual_seed(PROBE_SEED)
 
@@ -184,6 +191,11 @@ def _probe_items(config: PretrainedConfig, row_limit: int | None) -> list[Item]:
         return torch.randint(config.vocab_size, (n,), generator=generator).tolist()
 
     return [(draw(prompt), [draw(n) for n in completions]) for prompt, completions in lengths]
+
+
+def _reaches(config: PretrainedConfig) -> list[int]:
+    """How far back attention of `config` may stop to look, under every name that configurations have for it, in tokens."""
+    return [n for name, n in config.to_dict().items() if _REACH.search(name) and type(n) is int]
 
 
 def _disagreement(

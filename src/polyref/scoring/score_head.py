@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from polyref.data.collate import collate
 from polyref.errors import ModelError
-from polyref.scoring.logprobs import PROBE_SEED, ScoringPlan, causal_lm, decoder_inputs, find_plan, to_device
+from polyref.scoring.logprobs import PROBE_SEED, ScoringPlan, causal_lm, computing_dtype, decoder_inputs, find_plan, to_device
 from polyref.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _reads_last_token(model: nn.Module) -> bool:
         return False
     finally:
         model.train(training)
-    eps = torch.finfo(next(model.parameters()).dtype).eps
+    eps = torch.finfo(computing_dtype(model, device)).eps
     return torch.allclose(own, read, rtol=max(1e-3, 16 * eps), atol=1e-4)
 
 

@@ -90,8 +90,9 @@ class RewardTrainer(PairTrainer):
             metrics=METRICS,
             step_objective=args.step_objective(),
         )
+        row_limit = 2 * args.max_length if args.max_length and self.step_objective is None else None
         with self.accelerator.autocast():
-            self.plan: ScoringPlan = probe_rewards(self.model, row_limit=args.max_length)
+            self.plan: ScoringPlan = probe_rewards(self.model, row_limit=row_limit)
         self.data_collator = PairCollator(self.plan.layout)
         self._prepare_sets(train_dataset, eval_dataset)
 
