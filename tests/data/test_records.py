@@ -82,7 +82,8 @@ BAD = [
     (
         {"chosen": "yes", "rejected": "no"},
         "prompt",
-        "there is no prompt, and chosen and rejected begin differently; add a prompt",
+        "there is no prompt, and chosen and rejected begin differently; "
+        "add a prompt column, or map it with columns={'prompt': 'NAME'}",
     ),
     ({"chosen": [YES], "rejected": [NO]}, "prompt", "there is no prompt, and chosen and rejected begin differently"),
     (GOOD | {"chosen_probability": float("nan")}, "chosen_probability", "is nan, not a finite number"),

@@ -48,6 +48,17 @@ def test_every_bad_row_is_found_with_its_place(file):
     assert report.unit == "characters" and report.lengths["chosen"] == (2, 2, 3, 3, 3, 3)
 
 
+def test_columns_that_are_not_read_and_prompts_that_are_not_given_are_told(tmp_path):
+    path = tmp_path / "mapped.jsonl"
+    rows = [{"question": "Q", "chosen": "the one", "rejected": "the other", "margn": 1.0, "\x1b[2J": 0}, GOOD | {"margin": 1.0}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    text = render_report(validate_preferences(path))
+    assert "\ncolumns read: chosen, rejected, prompt, margin; left alone: question, margn, \\x1b[2J\n" in text
+    assert "       1  pairs without a prompt column: their prompt is what chosen and rejected begin with\n" in text
+    mapped = validate_preferences(rows[:1], columns={"prompt": "question"})
+    assert mapped.implicit == 0 and mapped.columns["question"] and "without a prompt" not in render_report(mapped)
+
+
 def test_the_report_as_text(file):
     text = render_report(validate_preferences(file))
     assert "train: 9 rows, 4 usable pairs, 2 distinct prompts\n" in text

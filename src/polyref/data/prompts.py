@@ -10,7 +10,11 @@ from polyref.data.transcripts import HUMAN, cut_transcripts
 from polyref.types import Message, Text
 
 IDENTICAL = "is identical to chosen"
-_NO_PROMPT = Refusal("there is no prompt, and chosen and rejected begin differently", "add a prompt column", "prompt")
+_NO_PROMPT = Refusal(
+    "there is no prompt, and chosen and rejected begin differently",
+    "add a prompt column, or map it with columns={'prompt': 'NAME'}",
+    "prompt",
+)
 
 
 def settle_texts(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polyref.data.auxiliary import auxiliary_completions
 from polyref.data.encode import Encoder, Encoding, checked_boundary, render_record
 from polyref.data.prompts import IDENTICAL
-from polyref.data.records import RowError, read_record, to_messages
+from polyref.data.records import RowError, column_names, read_record, to_messages
 from polyref.data.sources import ALIKE, check_alike, has_splits, prompt_key, read_rows, source_name
 from polyref.data.truncate import check_truncation, truncate_pair
 from polyref.errors import DataError, one_line
@@ -45,7 +45,8 @@ class ValidationReport:
     `rows`: rows read, by split; `pairs` and `prompts`: usable pairs and distinct prompts, by split. `duplicates` repeat an
     earlier pair; `reversals` repeat an earlier pair with chosen and rejected exchanged. `ties` have a `chosen_probability` of
     1/2; `empty_replies` an empty or blank completion; `identical` rows, unusable, one reply twice. `unended` counts completions
-    that were cut when drawn; `shared_prompts` prompts in more than one split. `lengths[what]` holds the length at each of
+    that were cut when drawn; `implicit` pairs whose prompt is what chosen and rejected begin with; `shared_prompts` prompts in
+    more than one split. `columns` are those of any row, and whether they are read. `lengths[what]` holds the length at each of
     `QUANTILES`, in `unit`. With a tokenizer: `moved_boundaries` (see `tokenize_record`), and `special_texts`, pairs whose own
     text spells special tokens; with `max_length` too, `cut` and `dropped` count pairs.
     """
@@ -59,6 +60,8 @@ class ValidationReport:
     ties: int
     empty_replies: int
     unended: int
+    implicit: int
+    columns: dict[str, bool]
     shared_prompts: int
     unit: str
     lengths: dict[str, tuple[int, ...]]
@@ -94,6 +97,7 @@ def validate_preferences(
     """
     check_truncation(max_length, truncation_mode)
     tally = _Tally(Encoder(tokenizer) if tokenizer is not None else None, max_length, truncation_mode)
+    named = column_names(columns)
     for name, part, split in _parts(source, splits):
         tally.rows[name] = 0
         for row in read_rows(part, split=split, revision=revision):
@@ -101,11 +105,12 @@ def validate_preferences(
             if isinstance(row.value, DataError):
                 tally.refuse(row.value, row.source)
                 continue
+            tally.see(row.value, named)
             record, problems = read_record(row.value, source=row.source, row_number=row.number, columns=columns)
             for problem in problems:
                 tally.refuse(problem, row.source)
             if record is not None:
-                tally.take(name, record, prompt_format, columns)
+                tally.take(name, record, prompt_format, columns, implicit=named["prompt"] not in row.value)
         if not tally.rows[name]:
             raise DataError("there are no rows", where=source_name(part), fix="give data with at least one pair")
     return tally.report()
@@ -134,7 +139,12 @@ class _Tally:
     seen: set[tuple[str, str, str]] = field(default_factory=set)
     lengths: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     problems: list[RowProblem] = field(default_factory=list)
+    columns: dict[str, bool] = field(default_factory=dict)
     first: PreferenceRecord | None = None
+
+    def see(self, row: object, named: Mapping[str, str]) -> None:
+        if isinstance(row, Mapping):
+            self.columns |= {str(name): name in named.values() for name in row}
 
     def refuse(self, error: DataError, file: str) -> None:
         if isinstance(error, RowError):
@@ -144,7 +154,15 @@ class _Tally:
         else:
             self.problems.append(RowProblem(error.where or one_line(file), None, None, error.what, error.fix))
 
-    def take(self, split: str, record: PreferenceRecord, prompt_format: str, columns: Mapping[str, str] | None) -> None:
+    def take(
+        self,
+        split: str,
+        record: PreferenceRecord,
+        prompt_format: str,
+        columns: Mapping[str, str] | None,
+        *,
+        implicit: bool,
+    ) -> None:
         try:
             self.first = self.first or record
             for name in ALIKE:
@@ -156,6 +174,7 @@ class _Tally:
             return
         self.pairs[split] += 1
         self._count(split, record)
+        self.counts["implicit"] += implicit
         if self.encoder is None or encoding is None:
             self._measure(*map(_characters, (record.prompt, record.chosen, record.rejected, *auxiliary_completions(record))))
         else:
@@ -207,6 +226,8 @@ class _Tally:
             ties=counts["ties"],
             empty_replies=counts["empty_replies"],
             unended=counts["unended"],
+            implicit=counts["implicit"],
+            columns=self.columns,
             shared_prompts=sum(count > 1 for count in times.values()),
             unit="tokens" if tokens else "characters",
             lengths={what: _quantiles(lengths) for what, lengths in self.lengths.items()},

@@ -8,6 +8,7 @@ from polyref.data.validate import QUANTILES, RowProblem, ValidationReport
 from polyref.errors import one_line
 
 _ROWS_NAMED = 12
+_COLUMNS_NAMED = 20
 
 
 def render_report(report: ValidationReport) -> str:
@@ -20,6 +21,7 @@ def render_report(report: ValidationReport) -> str:
             f"{one_line(split)}: {rows} rows, {report.pairs[split]} usable pairs, {report.prompts[split]} distinct prompts"
             for split, rows in report.rows.items()
         ),
+        *_columns(report),
         "",
         *(f"{count:>8}  {what}" for what, count in _counts(report) if count is not None),
         "",
@@ -29,6 +31,16 @@ def render_report(report: ValidationReport) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _columns(report: ValidationReport) -> list[str]:
+    """Which columns are read, and which are left alone: a misspelt optional one is among these."""
+    told = []
+    for wanted, what in ((True, "columns read"), (False, "left alone")):
+        names = [one_line(name) for name, read in report.columns.items() if read is wanted]
+        more = f" and {len(names) - _COLUMNS_NAMED} more" if len(names) > _COLUMNS_NAMED else ""
+        told += [f"{what}: {', '.join(names[:_COLUMNS_NAMED])}{more}"] if names else []
+    return ["; ".join(told)] if told else []
+
+
 def _counts(report: ValidationReport) -> list[tuple[str, int | None]]:
     return [
         ("duplicate pairs", report.duplicates),
@@ -36,6 +48,7 @@ def _counts(report: ValidationReport) -> list[tuple[str, int | None]]:
         ("identical pairs (chosen = rejected)", report.identical),
         ("ties (chosen_probability = 0.5)", report.ties),
         ("pairs with an empty reply", report.empty_replies),
+        ("pairs without a prompt column: their prompt is what chosen and rejected begin with", report.implicit or None),
         ("completions that were cut when drawn (ended = false)", report.unended),
         ("prompts in more than one split", report.shared_prompts if len(report.rows) > 1 else None),
         ("pairs whose text spells special tokens", report.special_texts),
