@@ -41,6 +41,15 @@ def test_help_explains_every_setting(verb: str, world: World, monkeypatch: pytes
         assert len(re.findall(r"\b[a-z]{2,}\b", words)) >= 2, f"--{name} is not explained: {setting}"
 
 
+def test_help_of_training_begins_with_what_is_polyrefs_own(world: World) -> None:
+    shown = world.run(["train", "--help"]).out
+    assert shown.startswith("usage: polyref train [--config FILE] --model MODEL --data DATA --output_dir OUTPUT_DIR [--flag")
+    places = [shown.index(f"\n  --{name}") for name in ("model", "data", "beta", "loss_type", "num_train_epochs")]
+    assert places == sorted(places)
+    for verb, bare in {"validate": "[DATA ...]", "lab": "[NAME ...]"}.items():
+        assert bare in world.run([verb, "--help"]).out.splitlines()[0]
+
+
 def test_printed_settings_are_a_configuration_file(world: World) -> None:
     printed = world.run([*world.train(beta=0.25, lora={"r": 2}), "--print_config"])
     assert printed.code == 0 and yaml.safe_load(printed.out)["beta"] == 0.25

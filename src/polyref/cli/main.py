@@ -93,6 +93,7 @@ def _parse(module: Any, verb: str, words: list[str]) -> Any:
     parser = ArgumentParser(prog=f"polyref {verb}", description=purpose, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags win over it.")
     module.add_arguments(parser)
+    parser.usage = _usage(parser)
     try:
         return parser.instantiate(parser.parse_args(_files_first(words)))
     except PolyrefError:
@@ -106,6 +107,17 @@ def _parse(module: Any, verb: str, words: list[str]) -> Any:
         if cause is not None:
             raise cause from error
         raise ConfigError(_reason(str(error)), where=_where(verb, words), fix=f"see polyref {verb} --help") from error
+
+
+def _usage(parser: Any) -> str:
+    """One line: what has to be given. Help explains all flags below it."""
+
+    def value(action: Any) -> str:
+        return str(action.metavar or action.dest.rpartition(".")[2].upper())
+
+    named = [f"{action.option_strings[-1]} {value(action)}" for action in parser._actions if action.required]
+    bare = [f"[{value(action)} ...]" for action in parser._actions if not action.option_strings]
+    return " ".join([parser.prog, "[--config FILE]", *named, *bare, "[--flag value ...]"])
 
 
 def _files_first(words: Sequence[str]) -> list[str]:

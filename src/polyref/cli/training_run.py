@@ -27,8 +27,12 @@ SECRETS = {field.name for field in fields(TrainingArguments) if field.name.endsw
 
 
 def add_training_arguments(parser: ArgumentParser, settings: type[TrainingArguments], skip: Sequence[str] = ()) -> None:
-    """Every option of `settings` but those to `skip`, and the run folder."""
+    """Every option of `settings` but those to `skip`, and the run folder. Help shows polyref's own before transformers'."""
     parser.add_class_arguments(settings, skip={"output_dir", "resume_from_checkpoint", *skip} | SECRETS)
+    inherited = {field.name for field in fields(TrainingArguments)}
+    options = parser._action_groups[-1]
+    options.title = "How it is trained: polyref's own options, then those of transformers.TrainingArguments"
+    options._group_actions.sort(key=lambda action: action.dest in inherited)
     parser.add_argument("--output_dir", type=str, required=True, help="The run folder.")
     for name in sorted(SECRETS):
         parser.add_argument(f"--{name}", help="Refused, as settings are kept in the run folder: set HF_TOKEN instead.")
