@@ -161,6 +161,11 @@ def test_implicit_prompt_of_transcripts_ends_at_the_last_shared_reply():
     start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     record = parse({"chosen": start + " I do", "rejected": start + " I don't"})
     assert (record.prompt, record.chosen, record.rejected) == (start, " I do", " I don't")
+    stripped = parse({"chosen": start.strip() + " I do", "rejected": start.strip() + " I don't"})
+    assert (stripped.prompt, stripped.chosen, stripped.rejected) == (start.strip(), " I do", " I don't")
+    assert to_messages(stripped, "transcript").prompt == to_messages(record, "transcript").prompt
+    prose = parse({"chosen": "Human: that is what we are", "rejected": "Human: that is what they are"})
+    assert prose.prompt == "Human: that is what"
     with pytest.raises(DataError, match="column chosen: the transcripts differ before the last Assistant: turn"):
         parse({"chosen": start + " x", "rejected": "\n\nHuman: a\n\nAssistant: other\n\nHuman: c\n\nAssistant: x"})
     with pytest.raises(DataError, match="column chosen: the transcripts share no Assistant: turn"):

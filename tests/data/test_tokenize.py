@@ -137,6 +137,23 @@ def test_templates_that_cannot_be_used():
     )
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
+        ("{{ 1 // 0 }}", "division or modulo by zero"),
+        ("{{ messages[0]['content'].index('z') }}", "substring not found"),
+        ("{{ messages[9].role.name }}", "has no element 9"),
+        ({"rag": CHATML}, "multiple chat templates with no default"),
+    ],
+)
+def test_whatever_a_template_raises_is_one_line(template, said):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=f"^f, row 1: the chat template refuses the messages .*{said}.*; change the roles"):
+        tokenize_record(chat("q", "b", "a"), tokenizer)
+
+
 def test_records_are_tokenised_as_one_by_one_and_counted():
     records = [record(f"question {i}", "b" * (i % 7), "a" * (i % 11 + 1), number=i) for i in range(600)]
     data = tokenize_records(records, MERGING, max_length=16)

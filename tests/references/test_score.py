@@ -20,6 +20,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fakes import (
+    CHATML,
     auxiliary_columns,
     byte_tokenizer,
     counted_calls,
@@ -565,6 +566,25 @@ def test_a_model_that_gives_nan_is_refused_and_leaves_nothing(tmp_path: Path, ti
     with pytest.raises(ModelError, match="not finite"):
         score_references(tokens_of(2, tiny_tokenizer), ReferenceSet((Reference(model),)), tiny_tokenizer, cache_dir=tmp_path)
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_score_that_is_no_number_is_told_with_its_reference(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    data, broken = tokens_of(3, tiny_tokenizer), tiny_llama(tiny_tokenizer)
+    members = (Reference(tiny_llama(tiny_tokenizer), name="sound"), Reference(broken, name="broken"))
+    for token in (data.pairs[0].chosen_ids[0], slice(None)):  # one that completions alone hold, and those of the probe
+        torch.nn.init.constant_(broken.model.embed_tokens.weight[token], math.nan)
+        with pytest.raises(ModelError, match="^reference broken: .*(not finite|NaN or infinite); "):
+            score_references(data, ReferenceSet(members), tiny_tokenizer)
+
+
+def test_a_template_that_may_write_the_date_is_told(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    dated = byte_tokenizer(chat_template=CHATML + "{% if false %}{{ strftime_now('%d') }}{% endif %}")
+    told = []
+    for tokenizer in (tiny_tokenizer, dated, byte_tokenizer(chat_template=None)):
+        references = ReferenceSet((Reference(tiny_llama(tokenizer), tokenizer=tokenizer),))
+        told += score_references(tokens_of(1, tiny_tokenizer), references, tiny_tokenizer).compatibility
+    assert ["with chat template" in line for line in told] == [True, True, False]
+    assert ["write the date" in line for line in told] == [False, True, False]
 
 
 def test_a_cache_of_another_process_is_read_where_it_cannot_be_written(

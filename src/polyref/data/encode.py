@@ -149,8 +149,6 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
 def _apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: dict[str, Any], *, add_generation_prompt: bool
 ) -> str:
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         fix = "use a model that has one, or data as plain text with prompt_format 'as_is'"
         raise ModelError("there is no chat template, and the data holds messages", where=_name(tokenizer), fix=fix)
@@ -158,7 +156,7 @@ def _apply_template(
         rendered = tokenizer.apply_chat_template(
             cast(Any, messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: whatever it raises, it refuses
         what, fix = f"the chat template refuses the messages ({error})", "change the roles of the row, or use another model"
         raise RowError(what, fix=fix, **place) from error
     return str(rendered)

@@ -6,7 +6,7 @@ from os.path import commonprefix
 from typing import cast
 
 from polyref.data.fields import Refusal
-from polyref.data.transcripts import HUMAN, cut_transcripts
+from polyref.data.transcripts import cut_transcripts, is_transcript
 from polyref.types import Message, Text
 
 IDENTICAL = "is identical to chosen"
@@ -46,7 +46,7 @@ def _settle_strings(prompt: Text | None, chosen: str, rejected: str) -> tuple[Te
 
 
 def _shared_characters(chosen: str, rejected: str) -> int:
-    if chosen.startswith(HUMAN) and rejected.startswith(HUMAN):
+    if is_transcript(chosen) and is_transcript(rejected):
         try:
             return cut_transcripts(chosen, rejected)
         except ValueError as error:

@@ -42,6 +42,11 @@ def parse_reply(text: Text) -> tuple[Message, ...]:
     return ({"role": "assistant", "content": text.removeprefix(" ")},)
 
 
+def is_transcript(text: str) -> bool:
+    """Whether `text` begins with a Human: turn, whose line breaks may have been stripped where an Assistant: turn follows."""
+    return text.startswith(HUMAN) or (text.startswith(HUMAN.strip()) and ASSISTANT in text)
+
+
 def cut_transcripts(chosen: str, rejected: str) -> int:
     """The length of the prompt two whole transcripts share: up to and with the last "\\n\\nAssistant:" in both.
 

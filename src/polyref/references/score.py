@@ -181,11 +181,18 @@ def _prepare(reference: Reference, data: TokenizedPreferences, policy_tokenizer:
     )
     report = (
         f"reference {reference.label}: {'the policy’s tokenizer' if same else 'its own tokenizer, scoring the text'}, "
-        f"{'with' if tokenizer.chat_template else 'without'} chat template, vocabulary {config.vocab_size}, "
+        f"{_template_words(tokenizer)}, vocabulary {config.vocab_size}, "
         f"longest sequence {longest} of {getattr(config, 'max_position_embeddings', None) or 'any'} tokens, "
         f"{_dtype(reference)}"
     )
     return _Member(reference, items, scorer, report)
+
+
+def _template_words(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Whether there is a chat template, and whether the tokens that it gives are other ones tomorrow."""
+    if not tokenizer.chat_template:
+        return "without chat template"
+    return "with chat template" + (" (it may write the date)" if "strftime_now" in str(tokenizer.chat_template) else "")
 
 
 def _dtype(reference: Reference) -> str:
@@ -259,10 +266,21 @@ def _score_group(members: Sequence[_Member], cache: LogProbCache, batch_size: in
         for member in members:
             adapter = member.reference.adapter
             switched = nullcontext(model) if adapter is None else adapted(model, str(adapter))
-            with cache.writer(member.scorer) as writer, switched as scorer:
+            with _named(member.reference), cache.writer(member.scorer) as writer, switched as scorer:
                 _score_member(member, scorer, writer, batch_size, device, meter)
     finally:
         model.to(home).train(training)
+
+
+@contextmanager
+def _named(reference: Reference) -> Iterator[None]:
+    """A ModelError that names no place is told with the reference that it is about."""
+    try:
+        yield
+    except ModelError as error:
+        if error.where is not None:
+            raise
+        raise ModelError(error.what, where=f"reference {reference.label}", fix=error.fix) from error
 
 
 def _score_member(
