@@ -16,7 +16,7 @@ from robust_data import CORRUPTIONS, as_prompts, labelled, load_pool, message
 from robust_runs import Tier
 from scipy.special import expit
 
-from polyref.evaluation.winrate import reward_outcomes, win_rate
+from polyref.evaluation.winrate import crossed_outcomes, win_rate
 from polyref.files import write_bytes
 from polyref.objectives.metrics import mean_interval
 from polyref.types import Text
@@ -56,16 +56,16 @@ def row_of(tier: Tier, prompts: Sequence[Text], arm: str, corruption: str, seeds
     found = [json.loads(tier.file("policy", arm, corruption, seed).read_text()) for seed in seeds]
     base = [json.loads(tier.file("policy", BASELINE, corruption, seed).read_text()) for seed in seeds]
     start = [json.loads(tier.file("start", seed).read_text()) for seed in seeds]
-    outcomes = [_outcomes(a["gold"], b["gold"]) for a, b in zip(found, base, strict=True)]
-    over_start = [_outcomes(a["gold"], b["gold"]) for a, b in zip(found, start, strict=True)]
+    over_plain = [outcomes(a["gold"], b["gold"]) for a, b in zip(found, base, strict=True)]
+    over_start = [outcomes(a["gold"], b["gold"]) for a, b in zip(found, start, strict=True)]
     clusters = [prompt for _ in seeds for prompt in prompts]
     gains = [np.mean(a["gold"], 1) - np.mean(b["gold"], 1) for a, b in zip(found, base, strict=True)]
-    by_seed = [float(outcome.mean()) for outcome in outcomes]
+    by_seed = [float(outcome.mean()) for outcome in over_plain]
     ids = np.tile(np.arange(len(prompts)), len(seeds))
     return {
         "arm": arm,
         "corruption": corruption,
-        "win_rate_over_plain": list(win_rate(np.concatenate(outcomes), clusters, seed=0).rate),
+        "win_rate_over_plain": list(win_rate(np.concatenate(over_plain), clusters, seed=0).rate),
         "win_rate_by_seed": by_seed,
         "win_rate_over_start": list(win_rate(np.concatenate(over_start), clusters, seed=0).rate),
         "gold_over_plain": list(mean_interval(np.concatenate(gains), ids, seed=0)),
@@ -77,11 +77,10 @@ def row_of(tier: Tier, prompts: Sequence[Text], arm: str, corruption: str, seeds
     }
 
 
-def _outcomes(policy: Any, baseline: Any) -> np.ndarray:
-    """(P,): the share of the comparisons of all draws of one with all of the other that the policy wins."""
+def outcomes(policy: Any, baseline: Any) -> np.ndarray:
+    """(P,): the share of comparisons that the policy wins; draws of one number share their randomness, and are not compared."""
     a, b = torch.tensor(policy, dtype=torch.float64), torch.tensor(baseline, dtype=torch.float64)
-    first, second = torch.broadcast_tensors(a[:, :, None], b[:, None, :])
-    return reward_outcomes(first, second).mean((1, 2)).numpy()
+    return crossed_outcomes(a, b).numpy()
 
 
 def label_quality(tier: Tier, corruption: str, seeds: Sequence[int]) -> dict[str, float]:

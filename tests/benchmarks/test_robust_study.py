@@ -102,8 +102,9 @@ def test_rejection_keeps_the_better_and_orders_by_the_reward(study: SimpleNamesp
     assert chosen.mean() > pool.gold.mean() + 1
 
 
-def test_outcomes_compare_all_draws_with_all(study: SimpleNamespace) -> None:
-    assert study.robust_report._outcomes([[1.0, 3.0]], [[0.0, 3.0]]).tolist() == [(1 + 0 + 1 + 0.5) / 4]
+def test_outcomes_compare_no_draws_that_share_randomness(study: SimpleNamespace) -> None:
+    assert study.robust_report.outcomes([[1.0, 3.0]], [[0.0, 3.0]]).tolist() == [(0 + 1) / 2]
+    assert study.robust_report.outcomes([[1.0, 3.0, 2.0]], [[1.0, 2.0, 3.0]]).tolist() == [(0 + 0 + 1 + 0.5 + 1 + 0.5) / 6]
 
 
 def test_the_learnt_g_predicts_labels_of_other_prompts(study: SimpleNamespace) -> None:
