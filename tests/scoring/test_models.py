@@ -134,7 +134,7 @@ def test_an_adapter_is_attached_and_taken_off_without_a_trace(tmp_path: Path, ch
     ("files", "said"),
     [
         ({}, "no config.json there"),
-        ({"config.json": "{}", "adapter_config.json": "{}"}, "an adapter, not a model.*adapter:"),
+        ({"config.json": "{}", "adapter_config.json": "{}"}, "an adapter, not a model; merge it into its base.*adapter:"),
         ({"config.json": "{}", "pytorch_model.bin": "x"}, "its weights are pickled"),
         ({"config.json": '{"model_type": "t5", "is_encoder_decoder": true}'}, "encoder-decoder"),
         ({"config.json": "not json"}, "cannot load the model"),

@@ -279,7 +279,8 @@ def _check_source(source: ModelSource) -> None:
     if source.gguf_file is not None:
         return
     if _holds_adapter(source):
-        fix = f"name its base model, and this {'folder' if folder else 'hub id'} as `adapter:`"
+        this = "this folder" if folder else "this hub id"
+        fix = f"merge it into its base; or, for a reference, name the base and {this} as `adapter:`"
         raise ModelError("this is an adapter, not a model", where=source.model, fix=fix)
     if folder is None:
         return
