@@ -88,6 +88,13 @@ def test_dotted_names_and_tests_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_stand_apart_from_the_paragraph_before_them(page: Path) -> None:
+    blocks = re.split(r"\n\s*\n", page.read_text(encoding="utf-8"))
+    torn = [block for block in blocks if re.search(r"^\| --- ", block, flags=re.M) and not block.lstrip().startswith("|")]
+    assert not torn, "a table that goes on from a paragraph is shown as text"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_relative_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
