@@ -23,6 +23,14 @@ def test_rate_counts_what_this_run_did_and_not_what_it_found_done(clock: list[fl
     assert caplog.messages == ["training: 60 of 100 steps, 0.5 a second, 80 s left"]
 
 
+def test_large_rates_are_written_out(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="polyref"), Meter("tokens") as meter:
+        meter("a model", 0, 12345)
+        clock[0] = 10.0
+        meter("a model", 12345, 12345)
+    assert caplog.messages == ["a model: 12345 of 12345 tokens, 1,234 a second, 0 s left"]
+
+
 def test_the_same_name_again_begins_anew(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="polyref"), Meter("tokens") as meter:
         meter("a model", 10, 20)

@@ -51,8 +51,13 @@ class Meter:
             self.told[what] = now
             start, before = self.started[what]
             rate = (done - before) / max(now - start, 1e-9)
-            pace = f", {rate:.3g} a second, {(total - done) / rate:.0f} s left" if rate else ""
+            pace = f", {_number(rate)} a second, {(total - done) / rate:.0f} s left" if rate else ""
             logger.info("%s: %d of %d %s%s", what, done, total, self.unit, pace)
+
+
+def _number(rate: float) -> str:
+    """Three digits, written out."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 class TrainingProgress(TrainerCallback):
@@ -84,4 +89,4 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.3g} {self.unit}/s" if speed else f"- {self.unit}/s")
+        return Text(f"{_number(speed)} {self.unit}/s" if speed else f"- {self.unit}/s")
