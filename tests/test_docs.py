@@ -211,3 +211,19 @@ def test_every_experiment_is_documented() -> None:
 
     rows = first_column(read("docs/lab.md"))
     assert list(EXPERIMENTS) == list(rows)
+
+
+def test_each_experiment_has_found_one_sentence() -> None:
+    from polyref.theory.experiments import EXPERIMENTS
+
+    page = read("docs/lab_results/index.md")
+    findings = dict(re.findall(r"^\| \[(\S+)\]\(#\S+\) \| [a-z ]+ \| (.*) \| [\d.]+ s \|$", page, flags=re.M))
+    assert list(findings) == list(EXPERIMENTS)
+    for name, finding in findings.items():
+        assert re.fullmatch(r"Claimed: .+; measured .+; [^;]+\.", finding) and ". " not in finding, name
+
+
+def test_what_is_quoted_of_the_lab_is_what_it_measured() -> None:
+    page, measured = read("docs/preference_models.md"), read("docs/lab_results/index.md")
+    quoted = re.findall(r"[\d.]+ \[[\d.]+, [\d.]+\]", page)
+    assert len(quoted) == 5 * 6 + 6 * 2 and all(f"| {cell} |" in measured for cell in quoted)

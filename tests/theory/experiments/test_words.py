@@ -133,8 +133,10 @@ def test_references_are_judged_by_both_objectives_and_not_by_the_mixture(
         for scenario in references.SCENARIOS
         for arm in lost
     }
-    found, finding = references._finding(drawn)
-    assert found == agreement and f"; {_words.outcome(found)}." in finding and "+5.000" in finding
+    beyond = references._beyond(drawn)
+    found, finding = references._finding(beyond)
+    assert found == agreement and f"; {_words.outcome(found)}." in finding
+    assert "+5.000" in references._elsewhere(beyond) and "5.000" not in finding
 
 
 def test_composition_says_nothing_at_one_token_only_where_there_is_nothing() -> None:
@@ -146,6 +148,14 @@ def test_composition_says_nothing_at_one_token_only_where_there_is_nothing() -> 
     assert told(0.0, 0.1)[0] == "agrees" and "nothing at one token" in told(0.0, 0.1)[1]
     assert told(0.2, 0.1)[0] == "misses the claim" and "nothing at one token" not in told(0.2, 0.1)[1]
     assert told(0.0, 0.0)[0] == "undecided"
+
+
+def test_a_finding_is_one_sentence() -> None:
+    assert _words.finding("a", "b of 0.5", "as claimed") == "Claimed: a; measured b of 0.5; as claimed."
+    fit = SlopeFit("", "mean", -1.0, -1.1, -0.9, 0.0, (1000.0, 2000.0), -1.0)
+    assert _words.fitted(fit) == "-1.00 [-1.10, -0.90] from 1,000 on"
+    assert _words.fitted(fit, "pairs") == "-1.00 [-1.10, -0.90] from 1,000 pairs on"
+    assert _words.fitted(SlopeFit("", "mean", math.nan, math.nan, math.nan, math.nan, (1.0,), note="no slope")) == "no slope"
 
 
 def test_data_sets_hold_the_ones_before_them() -> None:

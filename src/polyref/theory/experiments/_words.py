@@ -29,6 +29,11 @@ def ratio_cell(numerator: Tensor, denominator: Tensor) -> Estimate:
     return cells(ratio(numerator, denominator))[0]
 
 
+def finding(claimed: str, measured: str, verdict: str) -> str:
+    """The one sentence of an experiment: what was claimed, what was measured, and whether they agree."""
+    return f"Claimed: {claimed}; measured {measured}; {verdict}."
+
+
 def told(one: Estimate, form: str = ".2f") -> str:
     """A number with its interval in a sentence, as in 0.72 [0.65, 0.80]; `form` is a format of floats."""
     return f"{one.value:{form}} [{one.low:{form}}, {one.high:{form}}]"
@@ -37,6 +42,11 @@ def told(one: Estimate, form: str = ".2f") -> str:
 def shown(fit: SlopeFit) -> str:
     """A fitted slope with its interval, as in -1.02 [-1.05, -0.99]; or why there is none."""
     return fit.note if fit.slope != fit.slope else told(Estimate(fit.slope, fit.low, fit.high))
+
+
+def fitted(fit: SlopeFit, unit: str = "") -> str:
+    """The same with the first size that it saw, as in -1.02 [-1.05, -0.99] from 1,000 pairs on."""
+    return shown(fit) if fit.slope != fit.slope else f"{shown(fit)} from {fit.used[0]:,.0f}{unit and ' ' + unit} on"
 
 
 def verdict(agreement: Agreement, *, beats: str = "faster than claimed", misses: str = "slower than claimed") -> str:

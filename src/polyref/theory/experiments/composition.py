@@ -32,6 +32,12 @@ MEASURES: Final = {
     "reverse": "value lost, reverse KL",
     "forward": "value lost, forward KL",
 }
+NOTES: Final = (
+    f"{REFERENCES} enumerable references of equal weight over {VOCABULARY} tokens, one of which ends; independent "
+    "normal logits at every prefix, whose standard deviation is the disagreement; rewards uniform on [0, 1], "
+    f"beta {BETA:g}; everything exact, by enumeration.",
+    "With one token there is nothing to compose token by token: both ways agree, and log axes do not show the zero.",
+)
 
 
 def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
@@ -70,12 +76,7 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
             "references": REFERENCES,
             "beta": BETA,
         },
-        notes=(
-            f"{REFERENCES} enumerable references of equal weight over {VOCABULARY} tokens, one of which ends; independent "
-            "normal logits at every prefix, whose standard deviation is the disagreement; rewards uniform on [0, 1], "
-            f"beta {BETA:g}; everything exact, by enumeration.",
-            "With one token there is nothing to compose token by token: both ways agree, and log axes do not show the zero.",
-        ),
+        notes=NOTES,
     )
 
 
@@ -125,14 +126,15 @@ def _finding(found: dict[tuple[str, float], Estimates]) -> tuple[Agreement, str]
     grows = all((np.diff(one.value) > 0).all() for one in tv)
     middle = SPREADS[1]
     shown = {name: _words.told(_words.cells(found[name, middle])[-1], ".3f") for name in MEASURES}
-    finding = (
-        f"Claimed: token-wise composition is a different distribution. Measured at {LENGTHS[-1]} tokens and logit spread "
-        f"{middle:g}: total variation {shown['geometric']} from the geometric composition and {shown['arithmetic']} from the "
-        f"mixture, {shown['reverse']} of value lost under reverse KL and {shown['forward']} under forward KL, of a reward "
-        f"range of 1; {'nothing' if alike else 'a difference even'} at one token"
-        f"{', and more total variation with every further one' if grows else ''}."
+    agreement = _words.joint((1 if alike else -1, int(apart)))
+    return agreement, _words.finding(
+        "token-wise composition is a different distribution",
+        f"at {LENGTHS[-1]} tokens and logit spread {middle:g}, total variation {shown['geometric']} from the geometric "
+        f"composition and {shown['arithmetic']} from the mixture, {shown['reverse']} of value lost under reverse KL and "
+        f"{shown['forward']} under forward KL, of a reward range of 1, {'nothing' if alike else 'a difference even'} at one "
+        f"token{', and more total variation with every further one' if grows else ''}",
+        _words.outcome(agreement),
     )
-    return _words.joint((1 if alike else -1, int(apart))), finding
 
 
-EXPERIMENT = Experiment("composition", TITLE, run, default_replicates=400, seconds=4.0)
+EXPERIMENT = Experiment("composition", TITLE, run, default_replicates=400, seconds=3.0)

@@ -42,10 +42,10 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         title=TITLE,
         question="Which model may be wrong before the estimated win rate of a policy is?",
         claim="The doubly robust estimate is consistent, with error 1/sqrt(n), if g or mu is right [DR].",
-        finding=(
-            "Claimed: slope -0.5 of the error if g or mu is right. Measured slopes of the root mean square error: "
-            + "; ".join(f"{_words.shown(fit)} with {case}" for case, fit in robust.items())
-            + f"; {_words.outcome(agreement)}."
+        finding=_words.finding(
+            "slope -0.5 of the root mean square error if g or mu is right",
+            ", ".join(f"{_words.shown(fit)} with {case}" for case, fit in robust.items()),
+            _words.outcome(agreement),
         ),
         agreement=agreement,
         panels=tuple(_panel(estimator, errors) for estimator in ESTIMATORS),
@@ -124,4 +124,4 @@ def _replicates(generator: torch.Generator, size: int) -> dict[str, Tensor]:
     return found
 
 
-EXPERIMENT = Experiment("doubly-robust", TITLE, run, default_replicates=300, seconds=30.0)
+EXPERIMENT = Experiment("doubly-robust", TITLE, run, default_replicates=300, seconds=9.0)

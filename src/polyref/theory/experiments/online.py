@@ -28,6 +28,14 @@ MAIN: Final = next(iter(STRATEGIES))
 POINTS: Final = tuple(range(4, LABELS // BATCH + 1, 4))
 """Rounds that are shown and fitted: every 100 labels."""
 KEYS: Final = ("gap", "regret", "played")
+NOTES: Final = (
+    "The verdict is of the slope.",
+    *_linear.ASSUMPTIONS,
+    "Regret sums, over the labels, the regularised gap of the main agent (or the mean gap of the two policies that "
+    "draw the pair) in their round. Pairs of one completion twice are paid for and teach nothing. The enhancer is a "
+    "heuristic for a problem that is not convex: exact line by line, from several starts.",
+    "A random pair is uniform over the actions: possible here, where they can be listed, and not over sentences.",
+)
 
 
 def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
@@ -42,7 +50,10 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         name="online",
         title=TITLE,
         question="Who should the current policy be compared with while labels come in?",
-        claim="With an enhancer the regret of the main agent is of order sqrt(labels); batches cost little [IT].",
+        claim=(
+            "With an enhancer the regret of the main agent is of order sqrt(labels), and few large batches are enough for a "
+            "small gap [IT]."
+        ),
         finding=_finding(drawn, slopes, agreement),
         agreement=agreement,
         panels=_panels(drawn),
@@ -50,11 +61,8 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
         slopes=slopes,
         settings=_linear.settings(replicates, seed, labels=LABELS, batch=BATCH, batches=list(BATCHES), scale=_linear.SCALE),
         notes=(
-            *_linear.ASSUMPTIONS,
-            "Regret sums, over the labels, the regularised gap of the main agent (or the mean gap of the two policies that "
-            "draw the pair) in their round. Pairs of one completion twice are paid for and teach nothing. The enhancer is a "
-            "heuristic for a problem that is not convex: exact line by line, from several starts.",
-            "A random pair is uniform over the actions: possible here, where they can be listed, and not over sentences.",
+            *_comparisons(drawn),
+            *NOTES,
         ),
     )
 
@@ -109,22 +117,32 @@ def _table(drawn: dict[str, Tensor]) -> Table:
 
 
 def _finding(drawn: dict[str, Tensor], slopes: Sequence[SlopeFit], agreement: Agreement) -> str:
-    def over(run: str, other: str, key: str) -> str:
-        return _words.told(_words.ratio_cell(drawn[f"{run}/{key}"][:, -1], drawn[f"{other}/{key}"][:, -1]))
-
-    def against(key: str) -> str:
-        return ", ".join(f"{over(MAIN, name, key)} of {name}" for name in STRATEGIES if name != MAIN)
-
     fit = dict(zip(STRATEGIES, slopes, strict=True))
-    end = _words.verdict(agreement, beats="slower growth than claimed", misses="faster growth than claimed at these sizes")
     few, many = BATCHES[0], BATCHES[-1]
-    return (
-        f"Claimed: regret slope at most 1/2 with an enhancer. Measured: {_words.shown(fit[MAIN])}, {end}; "
-        f"{_words.shown(fit['greedy'])} for greedy pairs. Regret of the main agent with the enhancer against others after "
-        f"{LABELS:,} labels: {against('regret')}; of both drawn policies: {against('played')}. Batches of {many} have "
-        f"{over(str(many), str(few), 'regret')} times the regret of batches of {few} and end at "
-        f"{over(str(many), str(few), 'gap')} times their gap."
+    return _words.finding(
+        "regret slope at most 1/2 with an enhancer, and few large batches are enough",
+        f"{_words.shown(fit[MAIN])} with it and {_words.shown(fit['greedy'])} for greedy pairs, and batches of {many} that end "
+        f"at {_over(drawn, str(many), str(few), 'gap')} times the gap of batches of {few}, for "
+        f"{_over(drawn, str(many), str(few), 'regret')} times their regret",
+        _words.verdict(agreement, beats="slower growth than claimed", misses="faster growth than claimed at these sizes"),
     )
 
 
-EXPERIMENT = Experiment("online", TITLE, run, default_replicates=100, seconds=26.0)
+def _comparisons(drawn: dict[str, Tensor]) -> list[str]:
+    """The main strategy beside the others after the last label, one sentence a kind of regret."""
+    kinds = {"regret": "Regret of the main agent", "played": "Regret of both drawn policies"}
+    others = [name for name in STRATEGIES if name != MAIN]
+    return [
+        f"{text} with the enhancer, c = {_linear.SCALE:g}, over that with another second agent, after {LABELS:,} labels: "
+        + "; ".join(f"{name}: {_over(drawn, MAIN, name, key)}" for name in others)
+        + "."
+        for key, text in kinds.items()
+    ]
+
+
+def _over(drawn: dict[str, Tensor], run: str, other: str, key: str) -> str:
+    """The mean of `key` at the end of one run as a multiple of another's, in words."""
+    return _words.told(_words.ratio_cell(drawn[f"{run}/{key}"][:, -1], drawn[f"{other}/{key}"][:, -1]))
+
+
+EXPERIMENT = Experiment("online", TITLE, run, default_replicates=100, seconds=24.0)

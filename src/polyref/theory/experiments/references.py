@@ -16,7 +16,7 @@ from polyref.theory.experiments._words import MARGIN
 from polyref.theory.preferences import bradley_terry, pair_law
 from polyref.theory.regression import estimates
 from polyref.theory.replicates import map_replicates
-from polyref.theory.results import Agreement, Cell, Curve, ExperimentResult, Panel, Table
+from polyref.theory.results import Agreement, Cell, Curve, Estimate, ExperimentResult, Panel, Table
 from polyref.theory.solutions import solve_forward_kl, solve_reverse_kl
 from polyref.theory.values import forward_objective, kl, mean_reward, reverse_objective
 
@@ -41,6 +41,22 @@ ARMS: Final = {
 JUDGED: Final = ("geometric", "forward")
 """The two objectives of [MR]."""
 
+NOTES: Final = (
+    f"{CONTEXTS} contexts, {ACTIONS} actions of which {GOOD} are good (rewards uniform on [0.8, 1], the others on "
+    f"[0, 0.5]), beta {BETA:g} throughout. A reference gives the good actions of a context {MASS:g} where it knows "
+    f"them and {LITTLE:g} where not. Split: each of three knows a third of the contexts. Otherwise one knows them all, "
+    "the others none. Pairs come from the references in use, in equal shares; rewards by maximum likelihood.",
+    "Reward lost is the common yardstick: the best action's reward less the policy's, without any KL. Regularised "
+    "values and gaps are of each way's own objective, and not comparable between ways.",
+    f"The verdict is of [MR]'s two objectives; less than {MARGIN:g} of reward counts as no gain. Reverse KL to the "
+    "mixture is neither of them, and shown beside them.",
+    "Where a reference hardly ever draws the good actions, their estimated rewards are noise, which moves the policy "
+    "away from its anchor: with little data it can lose less reward than its own optimum does.",
+)
+
+Beyond = dict[tuple[str, str], Estimate]
+"""By scenario and way to use several references."""
+
 
 class Arm(NamedTuple):
     """One way to use references: its problem, the optimum of any rewards under it, and its own regularised objective."""
@@ -55,7 +71,8 @@ class Arm(NamedTuple):
 def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
     """Reward lost against the best answer, and each way's own regularised gap, against the number of pairs."""
     drawn = map_replicates(_measure, replicates, seed, chunk=50, progress=progress)
-    agreement, finding = _finding(drawn)
+    beyond = _beyond(drawn)
+    agreement, finding = _finding(beyond)
     panels = [
         Panel(title, "preference pairs", words, tuple(_curve(drawn, scenario, arm, what) for arm in ARMS), log_y=what == "gap")
         for what, words in (("lost", "reward lost to the best answer"), ("gap", "gap of the own objective"))
@@ -83,16 +100,8 @@ def run(replicates: int, seed: int, progress: Progress) -> ExperimentResult:
             "beta": BETA,
         },
         notes=(
-            f"{CONTEXTS} contexts, {ACTIONS} actions of which {GOOD} are good (rewards uniform on [0.8, 1], the others on "
-            f"[0, 0.5]), beta {BETA:g} throughout. A reference gives the good actions of a context {MASS:g} where it knows "
-            f"them and {LITTLE:g} where not. Split: each of three knows a third of the contexts. Otherwise one knows them all, "
-            "the others none. Pairs come from the references in use, in equal shares; rewards by maximum likelihood.",
-            "Reward lost is the common yardstick: the best action's reward less the policy's, without any KL. Regularised "
-            "values and gaps are of each way's own objective, and not comparable between ways.",
-            f"The verdict is of [MR]'s two objectives; less than {MARGIN:g} of reward counts as no gain. Reverse KL to the "
-            "mixture is neither of them, and shown beside them.",
-            "Where a reference hardly ever draws the good actions, their estimated rewards are noise, which moves the policy "
-            "away from its anchor: with little data it can lose less reward than its own optimum does.",
+            _elsewhere(beyond),
+            *NOTES,
         ),
     )
 
@@ -200,27 +209,39 @@ def _table(drawn: dict[str, Tensor]) -> Table:
     return Table(("scenario", "references", *columns, f"gap at {middle_size}", f"gap at {last}"), tuple(rows))
 
 
-def _finding(drawn: dict[str, Tensor]) -> tuple[Agreement, str]:
-    """Reward lost beyond what the best single reference loses, at the largest size, paired; judged where answers are split."""
-    beyond = {
+def _beyond(drawn: dict[str, Tensor]) -> Beyond:
+    """Reward lost beyond what the best single reference loses, at the largest size, paired."""
+    return {
         (scenario, arm): _words.mean_cell((drawn[f"{scenario} {arm} lost"] - drawn[f"{scenario} best lost"])[:, -1])
         for scenario in SCENARIOS
         for arm in ("geometric", "forward", "mixture")
     }
+
+
+def _finding(beyond: Beyond) -> tuple[Agreement, str]:
+    """Judged where answers are split."""
     signs = [_words.lower(beyond["split", arm], 0.0) for arm in JUDGED]
     agreement = _words.joint(signs)
-
-    def listed(scenario: str) -> str:
-        return ", ".join(f"{_words.told(beyond[scenario, arm], '+.3f')} for {ARMS[arm]}" for arm in JUDGED)
-
-    split, one = (_words.told(beyond[scenario, "mixture"], "+.3f") for scenario in SCENARIOS)
-    return agreement, (
-        f"Claimed: several references cover good answers better. Measured at {SIZES[-1]:,} pairs, reward lost beyond that of "
-        f"the best single reference, where good answers are split: {listed('split')}; borne out for "
-        f"{signs.count(1)} of {len(signs)} objectives, less than {MARGIN:g} counting as no gain; {_words.outcome(agreement)}. "
-        f"Where one reference knows them all: {listed('one')}. Reverse KL to the mixture, which is neither: "
-        f"{split} and {one}."
+    return agreement, _words.finding(
+        "several references cover good answers better",
+        f"at {SIZES[-1]:,} pairs, where good answers are split, reward lost beyond that of the best single reference of "
+        f"{_listed(beyond, 'split')}, borne out for {signs.count(1)} of {len(signs)} objectives (less than {MARGIN:g} counts "
+        "as no gain)",
+        _words.outcome(agreement),
     )
+
+
+def _elsewhere(beyond: Beyond) -> str:
+    """What the verdict does not count: the other scenario, and the objective that is not [MR]'s."""
+    split, one = (_words.told(beyond[scenario, "mixture"], "+.3f") for scenario in SCENARIOS)
+    return (
+        f"Reward lost beyond that of the best single reference where one knows all good answers: {_listed(beyond, 'one')}. "
+        f"Reverse KL to the mixture, which is neither objective: {split} where they are split, {one} where one knows them all."
+    )
+
+
+def _listed(beyond: Beyond, scenario: str) -> str:
+    return " and ".join(f"{_words.told(beyond[scenario, arm], '+.3f')} for {ARMS[arm]}" for arm in JUDGED)
 
 
 EXPERIMENT = Experiment("references", TITLE, run, default_replicates=200, seconds=8.0)
