@@ -60,6 +60,7 @@ def test_a_figure_says_what_it_shows_and_repeats_byte_for_byte() -> None:
         assert word in words, word
     assert "\\mathdefault" not in words and "1e-" not in words
     assert all(colour in drawn["svg"].decode() for colour in COLOURS[:2])
+    assert drawn["svg"].count(b"@media screen and (prefers-color-scheme: dark) {svg {filter: invert(") == 1
     assert drawn["png"].startswith(b"\x89PNG")
     width, height = struct.unpack(">II", drawn["png"][16:24])
     assert width > 600 and height > 400
@@ -143,6 +144,7 @@ def test_markdown_and_page_hold_everything(tmp_path: Path) -> None:
     page = write_lab_page(tmp_path / "lab.html", [result()], svgs, {"some-gap": None}).read_text(encoding="utf-8")
     assert page.count("<svg") == 1 and "A gap &amp; its &lt;rate&gt;" in page and "Measured: -1." in page
     assert '<svg style="--ink: #222222;' in page and 'id="figure_1"' not in page
+    assert "(prefers-color-scheme: dark) {svg {filter: invert(" in page
     assert "<?xml" not in page and "--replicates 9 --seed 4" in page
 
 

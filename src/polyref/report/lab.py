@@ -1,4 +1,7 @@
-"""The theory lab's figures: curves with their intervals, claimed rates as dashed guides; PNG and SVG, always the same bytes."""
+"""The theory lab's figures: curves with their intervals, claimed rates as dashed guides; PNG and SVG, always the same bytes.
+
+A PNG is dark on white. So is an SVG by day, and where a dark page shows it, light and dark change places and hues stay.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ _MARKED, _SPACING = 16, 0.06  # a curve of more points has markers this far apar
 _BAND_POINTS = 4  # from here on an interval is a band; below, error bars
 _LEGEND_ROWS = 3  # a longer legend stands below its panel, where it covers nothing
 _TITLE, _PANEL_TITLE = 56, 50  # characters a line that a panel's width holds
+_NIGHT = "@media screen and (prefers-color-scheme: dark) {svg {filter: invert(0.9) hue-rotate(180deg)}}"
 _UNDATED = ("Date", "Creator", "Format", "Type")
 _TICKS, _MOST_SIZES, _DECADES = 6, 12, 2.5
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -75,7 +79,8 @@ def draw(result: ExperimentResult) -> dict[str, bytes]:
             _panel(axes, panel)
         for axes in grid[len(result.panels) :]:
             axes.set_axis_off()
-        return {"png": _saved(figure, "png", {"Software": None}), "svg": _saved(figure, "svg", dict.fromkeys(_UNDATED))}
+        drawn = {"png": _saved(figure, "png", {"Software": None}), "svg": _saved(figure, "svg", dict.fromkeys(_UNDATED))}
+        return drawn | {"svg": drawn["svg"].replace(b"</style>", f" {_NIGHT}</style>".encode(), 1)}
 
 
 def _saved(figure: Figure, form: str, metadata: dict[str, None]) -> bytes:

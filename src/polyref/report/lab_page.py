@@ -158,7 +158,7 @@ def _md(text: str) -> str:
 
 
 def _inline(svg: bytes) -> str:
-    """The `<svg>` element, sized by the page, dark on white also at night, without the ids that other figures have too."""
+    """The `<svg>` element, sized by the page, its ink its own, without the ids that other figures have too."""
     document = svg.decode()
     element = document[document.index("<svg") :].strip()
     for size in ("width", "height"):
