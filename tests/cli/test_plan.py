@@ -19,7 +19,8 @@ def test_every_number_is_labelled(world: World) -> None:
     assert (shown.code, shown.err) == (0, "") and world.tree() == {}
     assert "20 features, 1 reference (mixture coverage 4)" in shown.out
     labels = [line.split("  ")[1] for line in shown.out.splitlines() if line.startswith("  ")]
-    assert labels[:2] == ["bound, 1/n", "bound, 1/sqrt(n)"] and labels[2].startswith("measured")
+    assert labels == ["bound, 1/n", "bound, 1/sqrt(n)", "extrapolated, 1/n"]
+    assert "the constants are derived in polyref.theory.bounds" in " ".join(shown.out.split())
     assert "[MR]" in shown.out and "[IT]" in shown.out and "polyref.theory.bounds" in shown.out
 
 
@@ -34,7 +35,16 @@ def test_classes_several_references_and_forward_kl(world: World) -> None:
 def test_a_table_is_a_size_of_its_own(world: World) -> None:
     shown = world.run(words(d=None, contexts=6, actions=5))
     assert (shown.code, shown.err) == (0, "") and "a table of 6 contexts x 5 actions, 1 reference" in shown.out
-    assert "extrapolation" not in shown.out and "extrapolation" in world.run(words()).out
+    assert "stand in" not in shown.out and "stand in" in world.run(words()).out
+    assert "extrapolated to contexts 6, references 1, reward range 1, beta 0.1" in shown.out
+    lab = world.run(words(gap=0.05, beta=0.5, d=None, contexts=5, actions=5, references=3, reward_range=2))
+    assert "\n  measured, 1/n" in lab.out and "extrapolated to" not in lab.out
+
+
+def test_help_says_what_each_number_is(world: World) -> None:
+    told = " ".join(world.run(["plan", "--help"]).out.split())
+    for words_ in ("A bound holds for every problem", "A measured number is what the lab's", "an extrapolated one is"):
+        assert words_ in told
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,11 @@ def test_the_measured_constant_is_used_as_it_was_measured() -> None:
     known = constants(Measured("reverse-gap", 0.9, 0.5, 0.4, 0.6), Measured("reverse-gap", 0.99, 2.0, 1.8, 2.2))
     plan = Plan(gap=0.01, beta=0.1, d=10, coverage=4.0, confidence=0.9)
     at = answers(plan, known)[-1]
-    assert (at.kind, at.pairs, at.low, at.high) == ("measured", 20_000, 16_000, 24_000)
+    assert (at.kind, at.pairs, at.low, at.high) == ("extrapolated", 20_000, 16_000, 24_000)
     assert "90% of the runs of reverse-gap (9 replicates, reward range 2, seed 1)" in at.why and "0.5 [0.4, 0.6]" in at.why
     assert "fewer pairs" not in at.why and "wider" not in at.why and "features stand in" in at.why
     table = answers(Plan(gap=0.01, beta=0.1, contexts=5, actions=3, coverage=4.0, confidence=0.9), known)[-1]
-    assert (table.pairs, table.low, table.high) == (at.pairs, at.low, at.high) and "extrapolation" not in table.why
+    assert (table.pairs, table.low, table.high) == (at.pairs, at.low, at.high) and "stand in" not in table.why
     easy = answers(Plan(gap=1.0, beta=0.1, d=10, coverage=4.0, confidence=0.9, reward_range=3.0), known)[-1]
     assert easy.pairs == 200 and "fewer pairs than the lab's least, 1,000" in easy.why and "wider reward range" in easy.why
     above = answers(Plan(gap=0.01, beta=0.1, d=10, coverage=4.0, confidence=0.95), known)[-1]
@@ -81,9 +81,45 @@ def test_the_measured_constant_is_used_as_it_was_measured() -> None:
     beyond = answers(Plan(gap=0.01, beta=0.1, d=10, coverage=4.0, confidence=0.999), known)[-1]
     assert beyond.pairs is None and "measured up to confidence 0.99, not 0.999" in beyond.why
     classes = answers(Plan(gap=0.01, beta=0.1, class_size=math.e**10, coverage=4.0, confidence=0.9), known)[-1]
-    assert classes.pairs == pytest.approx(20_000, abs=1) and "extrapolation" in classes.why
+    assert classes.pairs == pytest.approx(20_000, abs=1) and "log size stands in" in classes.why
     forward = answers(Plan(gap=0.01, beta=0.1, d=10, coverage=4.0, kl="forward"), known)[-1]
     assert forward.pairs is None and "not measured; polyref lab forward-gap" in forward.why
+
+
+LAB = {"contexts": 5, "actions": 5, "references": 3, "reward_range": 2.0, "beta": 0.5}
+HERE = LAB | {"gap": 0.05, "coverage": 4.0}
+
+
+def test_measured_is_what_the_lab_measured_and_all_else_is_extrapolated() -> None:
+    known = load_constants()
+    settings = known["experiments"]["reverse-gap"]["settings"]
+    assert {name: settings[name] for name in LAB} == LAB
+    here = answers(Plan(**HERE), known)[-1]
+    assert (here.kind, here.label) == ("measured", "measured, 1/n") and "extrapolated" not in here.why
+    for told, changes in {
+        "contexts 6": {"contexts": 6},
+        "actions 4": {"actions": 4},
+        "references 1": {"references": 1},
+        "beta 0.4": {"beta": 0.4},
+        "reward range 1": {"reward_range": 1.0},
+        "reward range 3; a wider reward range than the lab's 2, which needs more": {"reward_range": 3.0},
+        "fewer pairs than the lab's least, 500": {"gap": 1.0},
+        "more pairs than the lab's most, 128,000": {"gap": 1e-5},
+        "contexts 2, beta 1": {"contexts": 2, "beta": 1.0},
+        "a linear reward, whose features stand in for d": {"contexts": None, "actions": None, "d": 20},
+        "a finite class, whose log size stands in for d": {"contexts": None, "actions": None, "class_size": 1e6},
+    }.items():
+        there = answers(Plan(**(HERE | changes)), known)[-1]
+        assert (there.kind, there.label) == ("extrapolated", "extrapolated, 1/n"), told
+        assert f"; extrapolated to {told}" in there.why
+        assert there.pairs and there.low and there.high
+
+
+def test_a_bound_says_whose_rate_it_has_and_whose_constants() -> None:
+    fast, slow, _ = answers(Plan(**HERE))
+    forward = answers(Plan(**HERE, kl="forward"))[0]
+    for bound, paper in ((fast, "[MR]"), (slow, "[IT]"), (forward, "[MR]")):
+        assert bound.kind == "bound" and f"rate of {paper}, constants derived here, with probability 0.95" in bound.why
 
 
 def test_constants_are_quantiles_of_scaled_gaps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +15,14 @@ from polyref.errors import ConfigError
 
 if TYPE_CHECKING:
     from polyref.theory.planner import Answer, Plan
+
+
+KINDS = (
+    "A bound holds for every problem with these constants, and is loose: the rate is the paper's, the constants are derived in "
+    "polyref.theory.bounds. A measured number is what the lab's random tables of one size needed, and promises nothing of "
+    "others; an extrapolated one is what the same formula says of a problem that the lab did not measure."
+)
+"""What the numbers are, told below them and by --help."""
 
 
 @dataclass
@@ -55,6 +64,7 @@ class PlanSettings:
 def add_arguments(parser: ArgumentParser) -> None:
     """The verb's settings."""
     parser.add_class_arguments(PlanSettings)
+    parser.epilog = KINDS
 
 
 def run(settings: Namespace) -> None:
@@ -87,11 +97,7 @@ def _told(plan: Plan, found: Sequence[Answer]) -> str:
     rows = [(answer.label, _pairs(answer), answer.why) for answer in found]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"  {label:<{widths[0]}}  {pairs:>{widths[1]}}  {why}" for label, pairs, why in rows]
-    foot = (
-        "A bound holds for every problem with these constants, and is loose; polyref.theory.bounds derives its constants.\n"
-        "The measured number is what the lab's random problems needed, and promises nothing of others."
-    )
-    return "\n".join([head, "", *lines, "", foot, ""])
+    return "\n".join([head, "", *lines, "", *textwrap.wrap(KINDS, 120), ""])
 
 
 def _pairs(answer: Answer) -> str:

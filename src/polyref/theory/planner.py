@@ -3,7 +3,7 @@
 The measured constant m makes gap = m d C/(beta n) hold for a stated share of the lab's runs, with d the number of free reward
 parameters of a table and C the coverage of the optimum by the law of the pairs: the same form as the bound, with what really
 happens in place of what cannot be excluded. It is read from `measured.json`, which `polyref lab reverse-gap --constants FILE`
-writes.
+writes. The lab measures problems of one size; what the same formula says of another is called extrapolated.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ SHOWN: Mapping[str, str] = {
 
 _LIMITS = (("d", 1, MOST_PAIRS), ("contexts", 1, MOST_PAIRS), ("actions", 2, MOST_PAIRS), ("class_size", 2, math.inf))
 
-BY_CLASS = "log |class| stands in for the dimension, an extrapolation: the lab measures tables of rewards"
-BY_FEATURES = "the features stand in for those of a table, an extrapolation: the lab measures tables of rewards"
+BY_CLASS = "a finite class, whose log size stands in for d: the lab measures tables of rewards"
+BY_FEATURES = "a linear reward, whose features stand in for d: the lab measures tables of rewards"
+COMPARED = ("contexts", "actions", "references", "reward_range", "beta")
+"""The settings that a plan has too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ class Answer:
     """A number of pairs (None: there is none, and `why` says so), with the ends of its interval where it was measured."""
 
     label: str
-    kind: Literal["bound", "measured"]
+    kind: Literal["bound", "measured", "extrapolated"]
     pairs: int | None
     why: str
     low: int | None = None
@@ -228,17 +230,19 @@ def _number(value: Any) -> bool:
 
 
 def _bounds(plan: Plan) -> list[Answer]:
-    coverage, confidence = plan.mixture, f"with probability {plan.confidence:g}"
+    coverage, confidence = plan.mixture, f"constants derived here, with probability {plan.confidence:g}"
     by = f"c(R) of the likelihood argument, C = {coverage:.4g}"
     by += "" if plan.coverage else " = exp(R/beta), as the pairs are drawn from the anchor itself"
     if plan.kl == "forward":
         pairs = pairs_needed(lambda n: transfer_bound(plan.error(n), coverage), plan.gap)
-        return [Answer("bound, 1/sqrt(n)", "bound", pairs, f"forward KL [MR], {confidence}; {by}")]
+        return [Answer("bound, 1/sqrt(n)", "bound", pairs, f"forward KL, rate of [MR], {confidence}; {by}")]
     pairs = pairs_needed(lambda n: reverse_gap_bound(plan.error(n), coverage, plan.beta), plan.gap)
-    found = [Answer("bound, 1/n", "bound", pairs, f"reverse KL [MR], {confidence}; {by}, for every tilt of the class")]
+    why = f"reverse KL, rate of [MR], {confidence}; {by}, for every tilt of the class"
+    found = [Answer("bound, 1/n", "bound", pairs, why)]
     if plan.class_size is None:
         pairs = pairs_needed(lambda n: transfer_bound(plan.error(n), coverage), plan.gap)
-        why = f"pessimistic policy [IT] that knows the law of the pairs, {confidence}; the same c(R), C of the optimum alone"
+        who = "pessimistic policy that knows the law of the pairs"
+        why = f"{who}, rate of [IT], {confidence}; the same c(R), C of the optimum alone"
         found.append(Answer("bound, 1/sqrt(n)", "bound", pairs, why))
     return found
 
@@ -260,8 +264,11 @@ def _measured(plan: Plan, constants: Mapping[str, Any]) -> Answer:
         f"m = {used.value:.3g} [{used.low:.3g}, {used.high:.3g}] held for {used.confidence:.0%} of the runs of {source} "
         f"({_lab_problems(entry['settings'])})"
     )
-    why += "".join(f"; {warning}" for warning in _warnings(plan, entry["settings"], needed[0]))
-    return Answer("measured, 1/n", "measured", needed[0], why, needed[1], needed[2])
+    beyond = _beyond(plan, entry["settings"], needed[0])
+    if not beyond:
+        return Answer("measured, 1/n", "measured", needed[0], why, needed[1], needed[2])
+    why += f"; extrapolated to {'; '.join(beyond)}"
+    return Answer("extrapolated, 1/n", "extrapolated", needed[0], why, needed[1], needed[2])
 
 
 def _least_pairs(gap_of_one: float, gap: float) -> int:
@@ -273,13 +280,17 @@ def _lab_problems(settings: Mapping[str, Any]) -> str:
     return ", ".join(told.format(settings[key]) for key, told in SHOWN.items() if key in settings)
 
 
-def _warnings(plan: Plan, settings: Mapping[str, Any], pairs: int) -> list[str]:
+def _beyond(plan: Plan, settings: Mapping[str, Any], pairs: int) -> list[str]:
     """Where the plan leaves what the lab measured."""
-    least, widest = min(settings["pairs"]), settings["reward_range"]
+    asked = {key: getattr(plan, key) for key in COMPARED if key in settings}
+    others = [f"{key.replace('_', ' ')} {value:g}" for key, value in asked.items() if value not in (None, settings[key])]
+    least, most, widest = min(settings["pairs"]), max(settings["pairs"]), settings["reward_range"]
     told = {
         BY_CLASS: plan.class_size is not None,
         BY_FEATURES: plan.d is not None,
+        ", ".join(others): bool(others),
+        f"a wider reward range than the lab's {widest:g}, which needs more": plan.reward_range > widest,
         f"fewer pairs than the lab's least, {least:,}, where gaps fall otherwise": pairs < least,
-        f"a wider reward range than the lab's {widest:g} needs more": plan.reward_range > widest,
+        f"more pairs than the lab's most, {most:,}, by the rate": pairs > most,
     }
     return [words for words, holds in told.items() if holds]
