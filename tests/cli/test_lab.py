@@ -6,10 +6,13 @@ import csv
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
 from cli_world import World, assert_refused
+from polyref import files
+from polyref.files import write_bytes
 from polyref.theory import experiments
 from polyref.theory.experiments import Experiment, Progress
 from polyref.theory.planner import load_constants
@@ -153,6 +156,23 @@ def test_a_damaged_index_is_made_anew(world: World, ran: Ran) -> None:
     assert (world.path / "runs" / "lab" / "lab.html").is_file()
 
 
+@pytest.mark.parametrize("last", ["second.json", "lab.json"])
+def test_a_kill_before_either_of_the_last_files_costs_no_line_of_the_index(
+    last: str, world: World, ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(file: Path, content: bytes) -> None:
+        if file.name == last:
+            raise KeyboardInterrupt
+        write_bytes(file, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_bytes", killed)
+        assert world.run(["lab", "second"]).code == 1
+    assert world.run(["lab", "second"]).code == 0
+    index = json.loads((world.path / "runs" / "lab" / "lab.json").read_text(encoding="utf-8"))
+    assert list(index["experiments"]) == ["second"] and index["experiments"]["second"]["agreement"] == "agrees"
+
+
 def test_few_replicates_are_noted_in_print_and_file(world: World, ran: Ran) -> None:
     few, enough = (world.run(["lab", "second", "--replicates", size]).out for size in (20, 100))
     assert "note: With 20 replicates, fewer than 100, intervals are too narrow" in few and "too narrow" not in enough
@@ -180,6 +200,11 @@ def test_bad_input_is_one_line(world: World, ran: Ran) -> None:
         ("nothing",): ("unknown experiment 'nothing'", *every),
         ("second", "nothing"): ("unknown experiment 'nothing'", *every),
         ("all", "second"): ("all and list stand alone",),
+        ("list", "second"): ("all and list stand alone",),
+        ("list", "--seed", 3): ("list only prints what there is", "takes no --seed", "or name experiments"),
+        ("list", "--replicates", 0, "--overwrite"): ("takes no --replicates, --overwrite",),
+        ("list", "--constants", "mine.json"): ("takes no --constants",),
+        ("list", "--output_dir", "here"): ("takes no --output_dir",),
         ("second", "--replicates", 1): ("replicates is 1", "at least 20"),
         ("second", "--replicates", 0): ("replicates is 0", "at least 20"),
         ("second", "--replicates", "many"): ("replicates: Expected a int",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from scipy import stats
@@ -119,3 +121,24 @@ def test_an_error_in_a_chunk_is_raised_and_sizes_are_checked() -> None:
         map_replicates(lambda source, size: {"u": torch.zeros(size + 1)}, 5, 0)
     with pytest.raises(ConfigError, match="at least 1"):
         map_replicates(uniforms, 0, 0)
+
+
+def test_an_interrupt_does_not_wait_for_the_chunk_that_runs() -> None:
+    begun, left, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def the_last_is_slow(source: torch.Generator, size: int) -> dict[str, Tensor]:
+        if size == 5:
+            begun.set()
+            left.wait(30)
+            ended.set()
+        begun.wait(30)
+        return {"u": torch.zeros(size)}
+
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        map_replicates(the_last_is_slow, 15, 0, chunk=10, progress=interrupted)
+    waited = ended.is_set()
+    left.set()
+    assert not waited and ended.wait(30)

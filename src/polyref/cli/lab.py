@@ -55,6 +55,7 @@ def run(settings: Namespace) -> None:
     """Run what is named, print what it says, and write the files. ConfigError for names and settings that cannot be run."""
     own = LabSettings(**{entry.name: getattr(settings, entry.name) for entry in fields(LabSettings)})
     if settings.names == [LIST]:
+        _check_alone(own)
         sys.stdout.write(_listing())
         return
     experiments = _chosen(settings.names)
@@ -64,6 +65,14 @@ def run(settings: Namespace) -> None:
         _write_pages(folder, results)
     if own.constants is not None:
         _write_constants(own, results)
+
+
+def _check_alone(settings: LabSettings) -> None:
+    """Refuse settings beside `list`, which runs nothing."""
+    plain = LabSettings()
+    if given := [f"--{entry.name}" for entry in fields(plain) if getattr(settings, entry.name) != getattr(plain, entry.name)]:
+        fix = f"leave {' '.join(given)} out, or name experiments"
+        raise ConfigError(f"{LIST} only prints what there is, and takes no {', '.join(given)}", where="polyref lab", fix=fix)
 
 
 def _listing() -> str:
@@ -197,7 +206,6 @@ class _Lab:
             "files": {end: file_digest(file) for end, file in files.items()},
             "result": plain,
         }
-        write_bytes(self.folder / f"{experiment.name}.json", _json(voucher))
         index = read_index(self.folder)
         entry = {
             **self.asked(experiment),
@@ -208,6 +216,7 @@ class _Lab:
         index[experiment.name] = entry
         total = round(sum(one["seconds"] for one in index.values()), 2)
         write_bytes(self.folder / INDEX, _json({"experiments": index, "total_seconds": total}))
+        write_bytes(self.folder / f"{experiment.name}.json", _json(voucher))
         return result
 
 

@@ -32,7 +32,8 @@ def map_replicates(
     torch's intra-op threads are set to 1 for the process, and put back at the end. torch releases the interpreter lock inside
     its operations: threads pay when a chunk is large enough for these to dominate, and small enough to stay in cache.
     `progress(done, total)`, in replicates, is called from the calling thread. An error in a chunk cancels those not begun and
-    is raised. ConfigError for sizes below 1, or tensors that do not hold `size` replicates.
+    is raised once those that run have ended; Ctrl-C waits for none of them. ConfigError for sizes below 1, or tensors that do
+    not hold `size` replicates.
     """
     if min(replicates, chunk, threads) < 1 or seed < 0:
         raise ConfigError(
@@ -49,7 +50,8 @@ def map_replicates(
                 raise ConfigError(f"{tuple(values.shape)} does not hold {sizes[index]} replicates", where=f"result {name!r}")
         return results
 
-    with _one_intra_op_thread(), ThreadPoolExecutor(threads, thread_name_prefix="replicates") as pool:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="replicates")
+    with _one_intra_op_thread():
         futures = {pool.submit(run, index): index for index in range(len(sizes))}
         done = 0
         try:
@@ -58,9 +60,10 @@ def map_replicates(
                 done += sizes[futures[future]]
                 if progress is not None:
                     progress(done, replicates)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException as error:
+            pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
             raise
+        pool.shutdown()
     return _concatenated(list(futures))
 
 
