@@ -1,7 +1,7 @@
 """The theory lab's speed: many replicates of one bandit experiment, beside a plain loop over replicates with scipy.optimize.
 
-    python benchmarks/lab.py          # about 3 minutes
-    python benchmarks/lab.py --all    # times `polyref lab all` too: under 10 minutes more
+    python benchmarks/lab.py             # about 4 minutes, with `polyref lab all`
+    python benchmarks/lab.py --no_all    # about 1 minute, without it
 
 A replicate draws 1,000 preference pairs of a bandit with 20 contexts, 10 actions and 3 references, fits the Bradley-Terry MLE
 in a ball, tilts it in both KL directions, and computes the two gaps. The loop does the same with numpy and scipy, a context at
@@ -60,7 +60,7 @@ def main() -> None:
         torch.Generator().manual_seed(0), contexts=CONTEXTS, actions=ACTIONS, references=REFERENCES, beta=BETA
     )
     result: dict[str, Any] = {
-        "command": "python benchmarks/lab.py" + (" --all" if arguments.all else ""),
+        "command": "python benchmarks/lab.py" + ("" if arguments.all else " --no_all"),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {p: metadata.version(p) for p in ("torch", "numpy", "scipy", "polyref")}
         | {"python": platform.python_version()},
@@ -103,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--loop_replicates", type=int, default=200)
-    parser.add_argument("--all", action="store_true", help="run and time `polyref lab all` too")
+    parser.add_argument("--no_all", dest="all", action="store_false", help="leave `polyref lab all` out")
     parser.add_argument("--dry", action="store_true", help="print the result, write no file")
     return parser.parse_args()
 
