@@ -63,6 +63,8 @@ def tiny(study: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> An
     return made
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_arms_are_compared_at_equal_labels(
     study: SimpleNamespace, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
