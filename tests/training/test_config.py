@@ -27,6 +27,7 @@ def config(folder: Path, **changes: Any) -> PreferenceConfig:
         {"beta": float("nan")},
         {"beta": float("inf")},
         {"loss_type": "dpo"},
+        {"loss_type": ["sigmoid"]},
         {"loss_type": "robust", "label_smoothing": 0.5},
         {"loss_type": "hinge", "label_smoothing": 0.1},
         {"loss_type": "sigmoid", "label_smoothing": -0.1},

@@ -329,6 +329,27 @@ def test_under_peft_the_reference_is_the_base_with_adapters_off(world: World) ->
     assert shared.reference_scores["train"].hit_rate == 1.0, "adapters that are off do not enter the cache's address"
 
 
+def test_rows_that_come_after_training_are_not_scored_by_what_was_trained(world: World) -> None:
+    """The starting policy is gone then, unless it is what adapters leave when they are off."""
+    rows, policy = pair_rows(5, chosen=" later"), world.model()
+    for references, model in ((None, world.model()), (Reference(policy), policy)):
+        trainer = world.trainer(4, references=references, model=model)
+        assert trainer.evaluate(rows)["eval_rewards/margins"] == pytest.approx(0.0, abs=1e-4)
+        trainer.train()
+        for judged in (trainer.evaluate, trainer.predict):
+            with pytest.raises(ConfigError, match="as it was before training, which is gone; give them as") as error:
+                judged(rows)
+            assert one_line(error)
+    first, adapted = world.trainer(4, rows, peft=tiny_lora()), world.trainer(4, peft=tiny_lora())
+    for trainer in (first, adapted):
+        trainer.train()
+    assert adapted.evaluate(rows)["eval_rewards/margins"] == pytest.approx(first.evaluate()["eval_rewards/margins"])
+    assert first.evaluate()["eval_rewards/margins"] != 0.0
+    other = world.trainer(4, references=Reference(world.model(1)))
+    other.train()
+    assert other.evaluate(rows)["eval_loss"] > 0
+
+
 def test_a_policy_that_goes_on_from_an_adapter_has_that_adapter_as_reference(world: World) -> None:
     from peft import PeftModel
 
@@ -447,6 +468,12 @@ def test_evaluation_during_training_can_choose_the_best_checkpoint(world: World)
     margins = log_of(trainer, key="eval_rewards/margins")
     assert len(margins) == 3 and trainer.state.best_metric == min(margins)
     assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(min(margins), rel=1e-5)
+
+
+def test_an_evaluation_drops_no_row(world: World) -> None:
+    trainer = world.trainer(5, 5, dataloader_drop_last=True, per_device_eval_batch_size=3)
+    assert trainer.predict(trainer.eval_dataset).predictions.shape == (5,)  # type: ignore[arg-type]
+    assert len(trainer.get_eval_dataloader()) == 2 and len(trainer.get_train_dataloader()) == 1
 
 
 def test_several_evaluation_sets_keep_their_names(world: World) -> None:

@@ -53,7 +53,7 @@ def _explanations(settings: type[TrainingArguments]) -> dict[str, str]:
 
 def check_resumable(values: Mapping[str, Any]) -> None:
     """ConfigError for an option of training under which a run that was killed would end otherwise than an unbroken one."""
-    for name in ("save_only_model", "ignore_data_skip"):
+    for name in ("save_only_model", "ignore_data_skip", "eval_on_start", "enable_jit_checkpoint"):
         if values.get(name):
             raise ConfigError(f"{name} would make a resumed run another one", fix="leave it out")
 

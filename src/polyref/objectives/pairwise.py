@@ -157,7 +157,7 @@ LOSSES: Final[Mapping[str, Callable[[float, float], PairLoss]]] = MappingProxyTy
 
 def pair_loss(loss_type: str, beta: float, label_smoothing: float = 0.0) -> PairLoss:
     """The loss named `loss_type` in LOSSES, with its settings bound. ConfigError for an unknown name or beta <= 0."""
-    if loss_type not in LOSSES:
+    if not isinstance(loss_type, str) or loss_type not in LOSSES:  # TRL's may be a list
         raise ConfigError(f"unknown loss_type {loss_type!r}", fix=f"take one of {', '.join(LOSSES)}")
     if not 0 < beta < float("inf"):
         raise ConfigError(f"beta is {beta}", fix="give a finite value above 0, or nothing holds the policy to its anchor")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,9 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from polyref.data.tokenize import TokenizedPreferences
+from polyref.errors import ConfigError
 from polyref.files import write_errors
+from polyref.training.arguments import check_optimiser
 from polyref.training.auxiliary import auxiliary_records, plain_records
 from polyref.training.dataset import GroupedSampler, PairCollator, ScoredPairs
 from polyref.training.guards import WholeWindows, mean_loss, stop_diverged
@@ -66,15 +69,32 @@ class PairTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: accumulation divides it
+        check_optimiser(self)
 
     def _prepare_sets(self, train_dataset: Any, eval_dataset: Any) -> None:
         """Make the data sets that training and evaluation read."""
+        self._check_metric(eval_dataset)
         if train_dataset is not None:
             self.train_dataset = self._prepare(train_dataset, "train", with_auxiliary=self.step_objective is not None)
         if isinstance(eval_dataset, Mapping):
             self.eval_dataset = {name: self._prepare(rows, name) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             self.eval_dataset = self._prepare(eval_dataset, "eval")
+
+    def _check_metric(self, eval_dataset: Any) -> None:
+        """ConfigError for a best model by a number that no evaluation says."""
+        sets = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else [""]
+        known, asked = [name + metric for name in sets for metric in ("loss", *self.metrics)], self.args.metric_for_best_model
+        if asked is not None and eval_dataset is not None and asked.removeprefix("eval_") not in known:
+            raise ConfigError(f"unknown metric_for_best_model {asked!r}", fix=f"use one of {', '.join(known)}")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As Trainer's, for push_to_hub; what the hub refuses is one line."""
+        try:
+            super().init_hf_repo(token, private)
+        except (OSError, ValueError) as error:
+            fix = "check the network, set HF_TOKEN to one that may write, or leave push_to_hub out"
+            raise ConfigError(f"there can be no repository on the hub: {error}", where="push_to_hub", fix=fix) from error
 
     def _prepare(self, source: Any, name: str, *, with_auxiliary: bool = False) -> ScoredPairs:
         """Rows -> records -> tokens -> scored pairs. Refuses a set with nothing left to train on."""
@@ -150,12 +170,25 @@ class PairTrainer(Trainer):
         return grouped_sampler(dataset, self.args, self._train_batch_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As Trainer's, for scored pairs, the name of a set, or preference rows of any kind."""
-        return super().get_eval_dataloader(self._prepared(eval_dataset))
+        """As Trainer's, for scored pairs, the name of a set, or preference rows of any kind. No row is dropped."""
+        rows = self._prepared(eval_dataset)
+        with self._whole():
+            return super().get_eval_dataloader(rows)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """As Trainer's, for scored pairs or preference rows of any kind."""
-        return super().get_test_dataloader(self._prepared(test_dataset))
+        """As Trainer's, for scored pairs or preference rows of any kind. No row is dropped."""
+        rows = self._prepared(test_dataset)
+        with self._whole():
+            return super().get_test_dataloader(rows)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """`dataloader_drop_last` is about training."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop
 
     def _prepared(self, rows: Any) -> Any:
         named = isinstance(rows, str) and isinstance(self.eval_dataset, Mapping) and rows in self.eval_dataset

@@ -120,6 +120,9 @@ class PreferenceTrainer(PairTrainer):
 
     def _scored(self, data: TokenizedPreferences, name: str) -> ScoredPairs:
         """`data` with its anchor and, where auxiliary pairs need it, what its completions were drawn from."""
+        if self.state.global_step and _moves(self.model, self.references):
+            what = f"the {name} set is to be scored under the policy as it was before training, which is gone"
+            raise ConfigError(what, fix="give them as eval_dataset when the trainer is made, or name the reference")
         sampled = self.sampling_policy if data.pairs[0].auxiliary_ids else None
         if sampled is not None:
             check_same_tokens(sampled, data, self.processing_class)
@@ -213,6 +216,15 @@ def _start_check(model: nn.Module, references: ReferenceSet | None) -> str | Non
     only = references.members[0]
     same = not only.in_memory and str(only.model) == str(causal_lm(model).config._name_or_path)
     return "warn" if same and len(references) == 1 and not only.adapter and not only.system_prompt else None
+
+
+def _moves(model: nn.Module, references: ReferenceSet | None) -> bool:
+    """Whether training moves a reference: the policy itself, when none is given, or one in memory that shares its weights."""
+    if references is None:
+        return not hasattr(model, "disable_adapter")
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    kept = (reference.model for reference in references.members if reference.in_memory)
+    return any(id(parameter) in trained for each in kept for parameter in each.parameters())
 
 
 def _anchor(references: ReferenceSet, scores: ReferenceScores, weights: Tensor | None) -> Tensor:
