@@ -229,6 +229,28 @@ def test_what_an_open_folder_would_refuse_is_refused_without_opening_it(tmp_path
     assert (folder / "manifest.json").read_bytes() == b"{torn", "left as it is"
 
 
+@pytest.mark.parametrize("name", ["model", "metrics.jsonl", "manifest.json", "stages"])
+def test_a_folder_of_somebody_else_is_left_as_it_was(tmp_path: Path, name: str) -> None:
+    """As where the folder that one works in is named, and the model to train is ./model."""
+    kept = tmp_path / name / "weights" if name in ("model", "stages") else tmp_path / name
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine too")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunFolderError, match=rf"holds {name} but no config\.yaml of a run.*; name a new run folder"):
+        RunFolder(tmp_path, {"beta": 0.1})
+    with pytest.raises(RunFolderError, match=name):
+        refuse_other(tmp_path, {"beta": 0.1}, {}, "train")
+    assert sorted(tmp_path.rglob("*")) == before and kept.read_text() == "mine"
+
+
+def test_a_folder_that_holds_none_of_a_runs_names_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("as from 2> runs/first/log.txt")
+    with RunFolder(tmp_path, {"beta": 0.1}):
+        pass
+    assert (tmp_path / "config.yaml").exists() and (tmp_path / "log.txt").exists()
+
+
 def test_settings_that_may_change_do_not_make_another_run(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run", CONFIG | {"log": {"steps": 1}}, may_change={"log.steps"}) as run:
         one_stage(run)
@@ -236,6 +258,16 @@ def test_settings_that_may_change_do_not_make_another_run(tmp_path: Path) -> Non
     with RunFolder(tmp_path / "run", CONFIG | {"log": {"steps": 9}}, may_change={"log.steps"}) as run:
         assert run.stage("score", {"data": "d1"}).done
     assert (tmp_path / "run/manifest.json").read_bytes() == manifest
+
+
+def test_a_number_is_the_same_however_it_is_written(tmp_path: Path) -> None:
+    """A printed or kept configuration that is given again holds 0.0 where a default was 0."""
+    with RunFolder(tmp_path / "run", {"warmup_steps": 0, "beta": 2.0}):
+        pass
+    with RunFolder(tmp_path / "run", {"warmup_steps": 0.0, "beta": 2}):
+        pass
+    with pytest.raises(RunFolderError, match=r"warmup_steps 0 -> 0\.5"):
+        RunFolder(tmp_path / "run", {"warmup_steps": 0.5, "beta": 2})
 
 
 def test_many_differences_are_counted_not_poured_out(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _PACKAGES = ("polyref", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy")
 _SHOWN = 8
+_TAKEN = ("manifest.json", "metrics.jsonl", "model", "report.html", "stages", "summary.json")
 _ABSENT = "(absent)"
 
 
@@ -104,8 +105,8 @@ class RunFolder:
         may_change: dotted keys whose change does not make it another run, such as logging settings.
 
     Raises:
-        RunFolderError: another process holds it, it cannot be written, or it was made with another configuration
-            (the line lists the differing keys with old and new values).
+        RunFolderError: another process holds it, it cannot be written, it holds files that a run would replace and no run
+            made, or it was made with another configuration (the line lists the differing keys with old and new values).
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class RunFolder:
     ) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = plain(dict(config), "config")
+        _refuse_strangers(self.path)
         self._made = not os.path.exists(self.path)
         self._lock = hold(self.path, self.path / ".lock", "another run folder")
         self._fresh = not (self.path / "config.yaml").exists()
@@ -305,11 +307,20 @@ def refuse_other(
 ) -> None:
     """Refuse what a `RunFolder` of `path` and its `refuse_changed` would, where there is one, but open and write nothing."""
     folder = Path(path)
+    _refuse_strangers(folder)
     _refuse_config(folder, plain(dict(config), "config"), may_change)
     entry: dict[str, Any] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # with no manifest, or a torn one, every stage is done again
         entry = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["stages"][last]
     _refuse_inputs(folder, entry, inputs)
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """RunFolderError where no run was begun in `folder`, and files of somebody else bear the names that a run's have."""
+    found = [name for name in _TAKEN if os.path.exists(folder / name)]
+    if found and not os.path.exists(folder / "config.yaml"):
+        what = f"holds {', '.join(found)} but no config.yaml of a run; a run would replace what is there"
+        raise RunFolderError(what, where=str(folder), fix="name a new run folder")
 
 
 def _refuse_config(folder: Path, config: dict[str, Any], may_change: Collection[str]) -> None:
@@ -342,11 +353,12 @@ def _refuse_inputs(folder: Path, entry: Mapping[str, Any], inputs: Mapping[str, 
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted keys of a nested mapping, with each leaf as short JSON text."""
+    """Dotted keys of a nested mapping, with each leaf as short JSON text; 2 and 2.0, which YAML and flags mix up, are one."""
     if isinstance(value, dict) and value:
         items = ((f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items())
         return {name: text for key, item in items for name, text in _flatten(item, key).items()}
-    return {prefix: json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)}
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return {prefix: json.dumps(int(value) if whole else value, sort_keys=True, ensure_ascii=False, default=str)}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -79,6 +79,27 @@ def test_a_kill_after_any_checkpoint_loses_no_line_of_an_epoch(
     assert outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")
 
 
+def test_the_best_checkpoint_is_found_where_the_run_folder_was_moved(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": None}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "rewards/margins", "greater_is_better": False}
+    assert world.run(inside_an_epoch(world, "unbroken", **best)).code == 0
+    save, saved = PreferenceTrainer._save_checkpoint, []
+
+    def stop(self: Any, *args: Any) -> None:
+        save(self, *args)
+        saved.append(self.state.best_model_checkpoint)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "_save_checkpoint", stop)
+        assert world.run(inside_an_epoch(world, "broken", **best)).code == 1
+    assert saved[-1].endswith("checkpoint-1"), "margins grow: the first is the best that is asked for here"
+    shutil.move(world.path / "broken", world.path / "moved")
+    assert world.run(inside_an_epoch(world, "moved", **best)).code == 0
+    assert outputs(world.path / "moved" / "run") == outputs(world.path / "unbroken" / "run")
+
+
 def test_a_kill_before_the_first_checkpoint_leaves_no_trace_in_what_dropout_draws(
     world: World, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
 ) -> None:
@@ -92,6 +113,17 @@ def test_a_kill_before_the_first_checkpoint_leaves_no_trace_in_what_dropout_draw
     torch.rand(7)
     assert world.run(words).code == 0
     assert outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")
+
+
+def test_a_run_goes_on_with_the_configuration_that_it_keeps(world: World) -> None:
+    """As does one whose settings were printed, and are given as a file."""
+    words, run = world.train(), world.path / "run"
+    assert world.run(words).code == 0
+    printed = world.file("printed.yaml", world.run([*words, "--print_config"]).out)
+    before = outputs(run)
+    for config in (printed, run / "config.yaml"):
+        again = world.run(["train", "--config", config, "--output_dir", run])
+        assert (again.code, again.err) == (0, "") and outputs(run) == before
 
 
 def test_a_complete_run_whose_inputs_changed_is_refused(world: World, tiny_tokenizer: Any) -> None:

@@ -66,6 +66,11 @@ def _train_from(trainer: Trainer, checkpoint: Path | None) -> None:
     transformers would train one step more where max_steps ends inside an epoch.
     """
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    if checkpoint and state and state.best_model_checkpoint is not None:
+        # the run folder may have another path by now, and transformers would go on without the best
+        best = checkpoint.parent / Path(state.best_model_checkpoint).name
+        state.best_model_checkpoint = str(best) if best.is_dir() else None
+        trainer.add_callback(_Best(state.best_model_checkpoint))
     if state is None or state.global_step < state.max_steps:
         set_seed(trainer.args.seed)  # evaluation and scoring, found done or not, leave no trace in what is drawn
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -112,6 +117,16 @@ class _Sealer(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class _Best(TrainerCallback):
+    """Says where the best checkpoint so far is, as training goes on."""
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.best_model_checkpoint = self.folder
 
 
 def metrics_writer(folder: RunFolder, number: int = 0) -> TrainerCallback:
