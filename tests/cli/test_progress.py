@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from polyref.cli import progress
 from polyref.cli.progress import Meter
@@ -44,3 +47,13 @@ def test_the_same_name_again_begins_anew(clock: list[float], caplog: pytest.LogC
         "a model: 20 of 20 tokens, 2 a second, 0 s left",
         "a model: 12 of 12 tokens, 2 a second, 0 s left",
     ]
+
+
+def test_a_hostile_name_is_shown_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What work is called comes from a recipe: it is neither markup nor a terminal's command."""
+    terminal = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **options: Console(file=terminal, force_terminal=True, width=120))
+    with Meter("tokens") as meter:
+        meter("[/b] [red]\x1b]0;owned\x07", 1, 2)
+        meter.bar.refresh()
+    assert "[/b] [red]\\x1b]0;owned\\x07" in terminal.getvalue() and "\x1b]" not in terminal.getvalue()

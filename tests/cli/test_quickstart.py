@@ -30,7 +30,7 @@ def small(world: World, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) ->
         "REPLY_TOKENS": 3,
     }.items():
         monkeypatch.setattr(quickstart, name, value)
-    return saved_llama(world.path / "model", tiny_tokenizer, num_hidden_layers=8, max_position_embeddings=512)
+    return saved_llama(world.path / "model", tiny_tokenizer, max_position_embeddings=512)
 
 
 def outputs(run: Path) -> dict[str, bytes]:

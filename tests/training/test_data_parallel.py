@@ -57,7 +57,7 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path: Path, kind: str, ob
     model = saved_llama(tmp_path / "base", byte_tokenizer())
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29561"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     outputs = {}
     for name, command, batch in (("one", [sys.executable], "8"), ("two", launcher, "4")):
         output = tmp_path / name

@@ -85,7 +85,8 @@ def ask_on_page(desk: Desk, port: int) -> None:
     from polyref.labelling import served
 
     with served(desk, port=port, grace=GRACE) as address:
-        logger.info("vote at %s\nevery vote is kept at once; Ctrl-C leaves, and the same command goes on", address)
+        logger.info("vote at %s", address)
+        logger.info("every vote is kept at once; Ctrl-C leaves, and the same command goes on")
         with Meter("pairs") as meter:
             desk.wait(lambda done, total: meter("voted", done, total), grace=GRACE)
     logger.info("all %d pairs have a vote; the page has ended", desk.total)

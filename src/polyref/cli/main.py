@@ -37,6 +37,7 @@ VERBS = {
 """What the command line can do. Each verb is a module of this package with `add_arguments(parser)` and `run(settings)`."""
 
 _USAGE = 2
+_LONGEST = 2000
 
 # What jsonargparse writes around the one line of an error that says what is wrong.
 _UNTELLING = re.compile(
@@ -161,7 +162,7 @@ def _reason(text: str) -> str:
 
 
 def _fail(line: str, code: int) -> int:
-    sys.stderr.write(f"polyref: {one_line(line, 2000)}\n")
+    sys.stderr.write(f"polyref: {one_line(line, _LONGEST)}\n")
     return code
 
 
@@ -177,6 +178,13 @@ def _overview() -> str:
     )
 
 
+class _OneLine(logging.Formatter):
+    """A message as one printable line: names and texts in it may come from whoever wrote the data or the recipe."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(record.getMessage(), _LONGEST)
+
+
 def _quiet_libraries() -> None:
     """polyref's own log lines at INFO, the libraries' at ERROR, progress bars ours alone."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -184,7 +192,9 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"(transformers|torch|peft|datasets|accelerate)(\..*)?")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("polyref").setLevel(logging.INFO)
 
 

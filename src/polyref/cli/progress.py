@@ -12,7 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from polyref.errors import one_line
+
 logger = logging.getLogger(__name__)
+
+_SHOWN = 60
 
 PLAIN_SECONDS = 10.0
 """Seconds between two plain lines about one piece of work."""
@@ -24,7 +28,13 @@ class Meter:
     def __init__(self, unit: str) -> None:
         self.unit = unit
         self.console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(unit),
+            TimeRemainingColumn(),
+        )
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.tasks: dict[str, Any] = {}
         self.started: dict[str, tuple[float, int]] = {}
@@ -43,7 +53,7 @@ class Meter:
         if what not in self.started or done < self.done[what]:
             self.told[what] = time.monotonic()
             self.started[what] = (self.told[what], done)
-            self.tasks[what] = self.bar.add_task(Text(what).plain, total=total)
+            self.tasks[what] = self.bar.add_task(one_line(what, _SHOWN), total=total)
         self.done[what] = done
         self.bar.update(self.tasks[what], completed=done, total=total)
         now = time.monotonic()

@@ -35,6 +35,7 @@ SYSTEM_PROMPTS = {
 TRAIN_PAIRS, HELD_OUT_PAIRS, MAX_LENGTH = 48, 32, 192
 FULL_HELD_OUT, FULL_MAX_LENGTH = 0.25, 512
 REPLY_PROMPTS, REPLY_TOKENS = 3, 40
+LORA_LAYERS = 8
 
 
 @dataclass
@@ -62,13 +63,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> None:
     """Choose pairs, then train, evaluate and report as `polyref train` does."""
     from polyref.scoring.demo_model import HUB_ID, demonstration_model
+    from polyref.scoring.models import ModelSource, load_config
 
     refuse_many_processes()
     run_dir, full, seed = Path(settings.output_dir), settings.full, settings.seed
     model = settings.model or demonstration_model()
     max_length = FULL_MAX_LENGTH if full else MAX_LENGTH
     members = tuple(Reference(model, system_prompt=prompt, name=name) for name, prompt in SYSTEM_PROMPTS.items())
-    policy = PolicySettings(model, lora=LoraSettings(last_layers=8), references=ReferenceSet(members))
+    layers = load_config(ModelSource(model)).get_text_config().num_hidden_layers
+    lora = LoraSettings(last_layers=min(LORA_LAYERS, layers))
+    policy = PolicySettings(model, lora=lora, references=ReferenceSet(members))
     args = PreferenceConfig(
         output_dir=str(run_dir / "stages" / "train"),
         max_length=max_length,
