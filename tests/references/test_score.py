@@ -67,7 +67,7 @@ SCORE_PROGRAM = """
     data = tokenize_records(records, tokenizer)
     print("ready", flush=True)
     scores = score.score_references(data, ReferenceSet((Reference(model),)), tokenizer, cache_dir=cache, batch_size=2)
-    print(scores.chosen.sum().hex())
+    print(scores.misses, scores.chosen.sum().hex())
 """
 
 
@@ -425,6 +425,9 @@ def test_repeated_pairs_are_scored_once(model_folder: Path, tiny_tokenizer: PreT
         tokenize_records(records, tiny_tokenizer), ReferenceSet((Reference(model_folder),)), tiny_tokenizer, batch_size=2
     )
     assert scores.misses == 2 and len(set(scores.chosen[:, 0])) == 1
+    twins = ReferenceSet((Reference(model_folder), Reference(model_folder, name="twin")))
+    scores = score_references(tokenize_records(records, tiny_tokenizer), twins, tiny_tokenizer, batch_size=2)
+    assert (scores.hits, scores.misses) == (2, 2), "what one member scored, its twin finds"
 
 
 def test_progress_counts_the_tokens_that_pass_through_a_model(
@@ -544,6 +547,7 @@ def test_two_processes_at_once_neither_corrupt_nor_repeat(
     fresh = score_references(data, references, tiny_tokenizer, cache_dir=tmp_path / "alone", batch_size=2)
     assert contents(tmp_path / "cache") == contents(tmp_path / "alone")
     assert {output.split()[-1] for output, _ in outputs} == {fresh.chosen.sum().hex()}
+    assert sorted(int(output.split()[-2]) for output, _ in outputs) == [0, 16], "what the other scored meanwhile was found"
 
 
 def test_a_torn_part_is_set_aside_and_computed_again(

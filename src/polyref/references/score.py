@@ -122,7 +122,6 @@ def score_references(
     with nullcontext(cache_dir) if cache_dir is not None else TemporaryDirectory() as folder:
         cache = LogProbCache(folder)
         found = [cache.lookup(member.scorer, member.keys) for member in members]
-        hits = sum(len(f) for f in found)
         total = sum(len(set(member.keys)) for member in members)
         meter = _Meter(progress)
         waiting = [i for i, member in enumerate(members) if len(found[i]) < len(set(member.keys))]
@@ -134,7 +133,7 @@ def score_references(
     for column, f, member in zip(columns, found, members, strict=True):
         pairs[:, :, column] = np.reshape([f[key].logp for key in member.keys], (-1, completions))
     parts = (pairs[:, 0].copy(), pairs[:, 1].copy(), pairs[:, 2:].copy())
-    return ReferenceScores(*parts, hits, total - hits, meter.tokens, meter.seconds, tuple(lines))
+    return ReferenceScores(*parts, total - meter.scored, meter.scored, meter.tokens, meter.seconds, tuple(lines))
 
 
 def _completions(data: TokenizedPreferences) -> int:
@@ -153,6 +152,7 @@ class _Meter:
     progress: Progress | None
     tokens: int = 0
     seconds: float = 0.0
+    scored: int = 0
 
     @contextmanager
     def batch(self, label: str, tokens: int, done: int, total: int) -> Iterator[None]:
@@ -300,6 +300,7 @@ def _score_member(
         fresh = {key: score for key, score in zip(keys, scores, strict=True) if key not in known}
         writer.add(list(fresh), [s.logp for s in fresh.values()], [s.tokens for s in fresh.values()])
         known |= fresh
+        meter.scored += len(fresh)
 
 
 def _keys(member: _Member, i: int) -> list[bytes]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 LOGIT_BUDGET = 2**24
@@ -99,6 +100,7 @@ class _LinearLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
+    @once_differentiable  # the gradient to h is a constant from the forward pass: a second one would be silently wrong
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
         if not ctx.head_trained:
