@@ -58,6 +58,13 @@ def test_a_torn_file_of_a_sealed_checkpoint_is_found(
     assert last_checkpoint(tmp_path) is None
 
 
+def test_what_a_kill_while_sealing_left_is_removed(tmp_path: Path) -> None:
+    whole = checkpoint(tmp_path, 4)
+    (whole / ".checksums.json.0123abcd.tmp").write_text('{"model.')
+    assert last_checkpoint(tmp_path) == whole
+    assert sorted(path.name for path in whole.iterdir()) == ["model.safetensors", "trainer_state.json"]
+
+
 def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
     for name in ("checkpoint-best", "checkpoint-", "checkpoint-3.bak", "checkpoints"):
         (tmp_path / name).mkdir()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from polyref.errors import ConfigError
-from polyref.files import atomic_write, file_digest, files_below, write_bytes
+from polyref.files import atomic_write, file_digest, files_below, remove_temporaries, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,8 @@ def seal(checkpoint: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`. Those a kill left incomplete are removed, and those with torn files.
+    """The newest complete checkpoint in `folder`. Those a kill left incomplete are removed, and those with torn files, as is
+    what a kill while sealing left in it.
 
     transformers writes trainer_state.json last, so a checkpoint that was not sealed yet is complete when that can be read.
     """
@@ -35,6 +36,7 @@ def last_checkpoint(folder: Path) -> Path | None:
             json.loads((path / "trainer_state.json").read_text())
             digests = json.loads((path / _SEAL).read_text()) if (path / _SEAL).exists() else {}
             if all(file_digest(path / name) == digest for name, digest in digests.items()):
+                remove_temporaries(path)
                 return path
             logger.warning("%s is torn; training goes on from before it", path)
         except (OSError, ValueError):
