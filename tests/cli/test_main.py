@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import signal
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,21 @@ def test_help_of_training_begins_with_what_is_polyrefs_own(world: World) -> None
     assert places == sorted(places)
     for verb, bare in {"validate": "[DATA ...]", "lab": "[NAME ...]"}.items():
         assert bare in world.run([verb, "--help"]).out.splitlines()[0]
+
+
+def test_a_misspelt_setting_is_answered_with_the_nearest(world: World) -> None:
+    for words in (["--learning-rate", "1"], ["--config", world.file("typo.yaml", "learning_rte: 1\n")]):
+        refused = world.run([*world.train(), *words])
+        assert refused.code == 2 and "; did you mean learning_rate? see polyref train --help\n" in refused.err
+    assert "did you mean" not in world.run([*world.train(), "--zzz", "1"]).err
+
+
+def test_libraries_neither_draw_bars_nor_tell_of_each_attempt_to_reach_the_hub() -> None:
+    code = "import logging; from polyref.cli.main import _quiet_libraries; _quiet_libraries(); from tqdm.auto import tqdm; "
+    code += "from huggingface_hub.utils import logging as hub; print(tqdm([0]).disable, hub.get_verbosity() == logging.ERROR)"
+    unset = {name: value for name, value in os.environ.items() if name not in ("TQDM_DISABLE", "HF_HUB_VERBOSITY")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=unset, check=True)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
 
 
 def test_printed_settings_are_a_configuration_file(world: World) -> None:

@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module, metadata
 from io import TextIOWrapper
 from itertools import pairwise
@@ -107,7 +108,9 @@ def _parse(module: Any, verb: str, words: list[str]) -> Any:
         cause = _polyref_cause(error)
         if cause is not None:
             raise cause from error
-        raise ConfigError(_reason(str(error)), where=_where(verb, words), fix=f"see polyref {verb} --help") from error
+        reason = _reason(str(error))
+        fix = f"{_meant(reason, parser)}see polyref {verb} --help"
+        raise ConfigError(reason, where=_where(verb, words), fix=fix) from error
 
 
 def _usage(parser: Any) -> str:
@@ -119,6 +122,14 @@ def _usage(parser: Any) -> str:
     named = [f"{action.option_strings[-1]} {value(action)}" for action in parser._actions if action.required]
     bare = [f"[{value(action)} ...]" for action in parser._actions if not action.option_strings]
     return " ".join([parser.prog, "[--config FILE]", *named, *bare, "[--flag value ...]"])
+
+
+def _meant(reason: str, parser: Any) -> str:
+    """The setting that an unknown one is nearest to, as a question."""
+    unknown = re.match(r"(?:unrecognized arguments: --|Option ')([\w.-]+)", reason)
+    names = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
+    near = get_close_matches(unknown[1].replace("-", "_"), names, 1, 0.75) if unknown else []
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _files_first(words: Sequence[str]) -> list[str]:
@@ -190,6 +201,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each of its many attempts to reach the hub is a line otherwise
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"(transformers|torch|peft|datasets|accelerate)(\..*)?")
     handler = logging.StreamHandler(sys.stderr)
