@@ -693,3 +693,14 @@ def test_warnings_of_this_library_are_none(world: World) -> None:
         warnings.simplefilter("always")
         world.trainer(4).train()
     assert not [w for w in caught if "polyref" in str(w.filename)]
+
+
+def test_what_the_cache_spared_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="polyref"):
+        world.trainer(4, references=Reference(saved_llama(world.path / "reference", world.tokenizer, seed=1)))
+        world.trainer(4, references=Reference(str(world.path / "reference")), beta=0.5)
+    told = [line for line in caplog.messages if "in the cache" in line]
+    assert told == [
+        "train set: 8 log-probabilities under the references made now, 0 found in the cache",
+        "train set: 0 log-probabilities under the references made now, 8 found in the cache",
+    ]

@@ -130,6 +130,8 @@ class PreferenceTrainer(PairTrainer):
         weights = _prompt_weights(data.records, references)
         scores = self._score(data, self.references, weights)
         self.reference_scores[name] = scores
+        told = "%s set: %d log-probabilities under the references made now, %d found in the cache"
+        logger.info(told, name, scores.misses, scores.hits)
         sampling = _anchor(sampled, self._score(data, sampled, None), None) if sampled is not None else None
         return ScoredPairs(data.pairs, data.records, _anchor(references, scores, weights), sampling)
 
