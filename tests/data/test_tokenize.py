@@ -168,6 +168,13 @@ def test_records_are_tokenised_as_one_by_one_and_counted():
     assert f"{data.report.kept} pairs kept, {data.report.dropped} dropped" in str(data.report)
 
 
+def test_pairs_that_differ_only_after_the_cut_are_told():
+    records = [record("q", "the same, then yes", "the same, then no"), record("q", "yes", "no", number=2)]
+    said = ", 1 with two completions of the same tokens, which teach nothing"
+    assert said in str(tokenize_records(records, BYTES, max_length=12).report)
+    assert "teach nothing" not in str(tokenize_records(records, BYTES).report)
+
+
 def test_settings_are_checked_before_the_work():
     with pytest.raises(ConfigError, match="max_length is 1; give at least 2 tokens"):
         tokenize_records([], BYTES, max_length=1)

@@ -21,7 +21,8 @@ class TokenizationReport:
 
     `kept` and `dropped` count pairs; `dropped_rows` are (source, row) of pairs with no completion left. Of the pairs kept,
     `cut_completions` counts completions without their end, `cut_prompts` prompts without their start, and
-    `moved_boundaries` pairs whose completions begin before the end of the prompt (see `tokenize_record`).
+    `moved_boundaries` pairs whose completions begin before the end of the prompt (see `tokenize_record`). `alike` counts pairs
+    whose two completions have the same tokens, as texts that differ after the cut only do: no model prefers either.
     """
 
     kept: int
@@ -30,11 +31,13 @@ class TokenizationReport:
     cut_prompts: int
     moved_boundaries: int
     dropped_rows: tuple[tuple[str, int], ...] = ()
+    alike: int = 0
 
     def __str__(self) -> str:
+        alike = f", {self.alike} with two completions of the same tokens, which teach nothing" if self.alike else ""
         return (
             f"{self.kept} pairs kept, {self.dropped} dropped with no completion left, {self.cut_completions} completions cut, "
-            f"{self.cut_prompts} prompts cut, {self.moved_boundaries} boundaries moved"
+            f"{self.cut_prompts} prompts cut, {self.moved_boundaries} boundaries moved{alike}"
         )
 
 
@@ -74,7 +77,7 @@ def tokenize_records(
     """`tokenize_record` and `truncate_pair` for every record; pairs with an empty completion are dropped, and counted."""
     check_truncation(max_length, truncation_mode)
     pairs, kept, dropped = [], [], []
-    prompts = completions = moved = 0
+    prompts = completions = moved = alike = 0
     for record, encoding in zip(records, _encode(records, tokenizer, system_prompt), strict=True):
         boundary = checked_boundary(encoding, record)
         whole = encoding.split(boundary)
@@ -87,8 +90,9 @@ def tokenize_records(
         completions += sum(pair.cuts)
         prompts += len(pair.prompt_ids) < boundary
         moved += boundary < len(encoding.prompt)
+        alike += pair.chosen_ids == pair.rejected_ids
     return TokenizedPreferences(
-        pairs, kept, TokenizationReport(len(pairs), len(dropped), completions, prompts, moved, tuple(dropped))
+        pairs, kept, TokenizationReport(len(pairs), len(dropped), completions, prompts, moved, tuple(dropped), alike)
     )
 
 
