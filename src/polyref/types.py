@@ -9,8 +9,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-SIMPLEX_TOLERANCE: Final = 1e-6
-"""Weights are on the simplex when each is at least 0 and their sum is within this of 1, in data as in a reference set."""
+SIMPLEX_TOLERANCE: Final = 1e-6 + 1e-12
+"""Weights are on the simplex when each is at least 0 and their sum is within this of 1, in data as in a reference set.
+
+Thirds written to six decimals, which sum to 0.999999, are: the last part is for the rounding of such a sum.
+"""
 
 
 class Message(TypedDict):

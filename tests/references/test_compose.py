@@ -190,7 +190,7 @@ def test_weights_off_the_simplex_are_refused(weights, said):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("excess", [-1.1e-6, -0.9e-6, 0.9e-6, 1.1e-6])
+@pytest.mark.parametrize("excess", [-1.1e-6, -1e-6, -0.9e-6, 0.9e-6, 1e-6, 1.1e-6])
 def test_weights_of_a_data_file_and_of_a_reference_set_have_one_tolerance(excess):
     refused = []
     for check, refusal in ((read_weights, Refusal), (check_weights, ReferenceSetError)):
@@ -200,6 +200,7 @@ def test_weights_of_a_data_file_and_of_a_reference_set_have_one_tolerance(excess
         except refusal:
             refused.append(True)
     assert refused == [abs(excess) > 1e-6] * 2
+    assert read_weights([0.333333] * 3) == (0.333333,) * 3 and check_weights([0.333333] * 3).shape == (3,)
 
 
 def test_mismatched_counts_are_refused():
