@@ -113,7 +113,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         part.save_pretrained(tmp_path / "model")
     example = re.search(r"^```python\n(.*?)^```", read("README.md"), flags=re.S | re.M)
     assert example
-    code, changes = example[1], {'"HuggingFaceTB/SmolLM2-135M-Instruct"': '"model"', '"chat")': '"chat", limit=40)'}
+    code, changes = example[1], {'"HuggingFaceTB/SmolLM2-135M-Instruct"': '"model"', "limit=80": "limit=40"}
     for old, new in changes.items():
         assert code.count(old) == 1
         code = code.replace(old, new)
