@@ -501,6 +501,8 @@ def test_the_anchor_composes_with_each_prompts_own_weights() -> None:
     assert arithmetic.anchor(logps, own).tolist() == pytest.approx(expected)
     with pytest.raises(ReferenceSetError, match="probability 0"):
         geometric.anchor(torch.tensor([[-1.0, -math.inf]]))
+    with pytest.raises(ReferenceSetError, match="^f, row 9: has probability 0 under reference b, whose weight"):
+        geometric.anchor(torch.tensor([[-1.0, -1.0], [-1.0, -math.inf]]), places=["f, row 2", "f, row 9"])
     assert arithmetic.anchor(torch.tensor([[-1.0, -math.inf]])).tolist() == pytest.approx([-1 + math.log(0.5)])
 
 

@@ -28,7 +28,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from fakes import counted_calls, pair_rows, same, saved_llama, saved_lora, tiny_llama, tiny_lora
 from polyref import PreferenceConfig, PreferenceTrainer, Reference, ReferenceSet
 from polyref.data.records import parse_record
-from polyref.errors import ConfigError, DataError, InputError, ModelError, TrainingDivergedError
+from polyref.errors import ConfigError, DataError, InputError, ModelError, ReferenceSetError, TrainingDivergedError
+from polyref.training import preference_trainer
 from polyref.training.checkpoints import save_policy
 from polyref.training.evaluate import preference_report
 
@@ -209,6 +210,20 @@ def test_every_objective_lowers_its_loss(world: World, loss_type: str, compositi
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
+
+
+def test_a_completion_without_support_is_told_by_row_and_reference(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = preference_trainer.score_references
+
+    def vetoing(*args: Any, **kwargs: Any) -> Any:
+        scores = scored(*args, **kwargs)
+        scores.rejected[5, 1] = -math.inf
+        return scores
+
+    monkeypatch.setattr(preference_trainer, "score_references", vetoing)
+    members = ReferenceSet((Reference(world.model()), Reference(world.model(1), name="strict")))
+    with pytest.raises(ReferenceSetError, match="^memory, row 6: has probability 0 under reference strict, whose weight"):
+        world.trainer(references=members)
 
 
 def test_forward_kl_of_a_geometric_anchor_is_refused_before_anything_is_loaded(world: World) -> None:

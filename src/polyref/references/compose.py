@@ -143,11 +143,19 @@ def check_weights(weights: Tensor | Sequence[float], *, members: int | None = No
     return values
 
 
-def check_support(logps: Tensor, weights: Tensor | Sequence[float], compose: Composition = geometric) -> None:
+def check_support(
+    logps: Tensor,
+    weights: Tensor | Sequence[float],
+    compose: Composition = geometric,
+    *,
+    places: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
     """Refuse completions to which the composition gives no log-probability, with ReferenceSetError naming the first one.
 
     `logps` (..., K), `weights` (K,) or (..., K), on the simplex. A geometric anchor is -inf where ANY member of positive weight
-    gives probability 0, an arithmetic one where ALL do; NaN and +inf are refused in members of positive weight.
+    gives probability 0, an arithmetic one where ALL do; NaN and +inf are refused in members of positive weight. `places` says
+    where each entry of the first axis comes from, `names` what the K members are called; else both go by number.
     """
     kept = (_aligned(logps, check_weights(weights)) > 0).expand_as(logps)
     refused = ~compose(logps, weights).isfinite()
@@ -162,8 +170,9 @@ def check_support(logps: Tensor, weights: Tensor | Sequence[float], compose: Com
         what, fix = "has probability 0", "set that reference's weight to 0 for this prompt, or drop the completion"
     else:
         what, fix = f"has log-probability {value}", "score it again: the model or its numerical type is broken"
-    where = f"completion {_index(row)}" if row else "completion"
-    raise ReferenceSetError(f"{what} under reference {member}, whose weight is positive", where=where, fix=fix)
+    where = places[row[0]] if places and row else f"completion {_index(row)}" if row else "completion"
+    who = names[member] if names else member
+    raise ReferenceSetError(f"{what} under reference {who}, whose weight is positive", where=where, fix=fix)
 
 
 def _aligned(logps: Tensor, weights: Tensor | Sequence[float]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -126,16 +127,16 @@ class ReferenceSet:
             return tuple(a > 0 for a in self.weights or ())
         return tuple((weights.reshape(-1, len(self)) > 0).any(0).tolist())
 
-    def anchor(self, logps: Tensor, weights: Tensor | None = None) -> Tensor:
+    def anchor(self, logps: Tensor, weights: Tensor | None = None, *, places: Sequence[str] | None = None) -> Tensor:
         """Anchor log-probabilities, up to a term of the prompt alone: (..., K) in nats -> (...).
 
         `weights` (..., K) replaces the set's own where prompts have theirs. Raises ReferenceSetError on NaN, on weights off the
         simplex, and on completions without support: under geometric composition those to which a member of positive weight
-        gives no mass, under arithmetic those to which all do.
+        gives no mass, under arithmetic those to which all do; `places` says where each entry of the first axis comes from.
         """
         import torch
 
         a = weights if weights is not None else torch.tensor(self.weights, dtype=logps.dtype, device=logps.device)
         compose = COMPOSITIONS[self.composition]
-        check_support(logps, a, compose)
+        check_support(logps, a, compose, places=places, names=[member.label for member in self.members])
         return compose(logps, a)

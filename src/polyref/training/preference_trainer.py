@@ -132,8 +132,9 @@ class PreferenceTrainer(PairTrainer):
         self.reference_scores[name] = scores
         told = "%s set: %d log-probabilities under the references made now, %d found in the cache"
         logger.info(told, name, scores.misses, scores.hits)
-        sampling = _anchor(sampled, self._score(data, sampled, None), None) if sampled is not None else None
-        return ScoredPairs(data.pairs, data.records, _anchor(references, scores, weights), sampling)
+        places = [f"{record.source}, row {record.row}" for record in data.records]
+        sampling = _anchor(sampled, self._score(data, sampled, None), None, places) if sampled is not None else None
+        return ScoredPairs(data.pairs, data.records, _anchor(references, scores, weights, places), sampling)
 
     def _score(self, data: TokenizedPreferences, references: ReferenceSet | None, weights: Tensor | None) -> ReferenceScores:
         """Score `data` under the references of positive weight, or under the starting policy with its adapters off."""
@@ -229,10 +230,11 @@ def _moves(model: nn.Module, references: ReferenceSet | None) -> bool:
     return any(id(parameter) in trained for each in kept for parameter in each.parameters())
 
 
-def _anchor(references: ReferenceSet, scores: ReferenceScores, weights: Tensor | None) -> Tensor:
+def _anchor(references: ReferenceSet, scores: ReferenceScores, weights: Tensor | None, places: list[str]) -> Tensor:
     """(N, 2 + 2M): the log-probabilities of all completions under the composition of `references`."""
     completions = np.concatenate([scores.chosen[:, None], scores.rejected[:, None], scores.auxiliary], 1)
-    return torch.stack([references.anchor(logps, weights) for logps in torch.from_numpy(completions).unbind(1)], 1)
+    logps = torch.from_numpy(completions).unbind(1)
+    return torch.stack([references.anchor(each, weights, places=places) for each in logps], 1)
 
 
 def _prompt_weights(records: list[PreferenceRecord], references: ReferenceSet) -> Tensor | None:
