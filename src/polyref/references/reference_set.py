@@ -97,7 +97,8 @@ class ReferenceSet:
 
     Args:
         members: the references.
-        weights: a, K numbers on the simplex; uniform by default. A prompt's own `reference_weights` win over them.
+        weights: a, one number a member, at least 0, of sum 1; uniform by default. A prompt's own `reference_weights` win over
+            them.
         composition: "geometric" or "arithmetic".
 
     Raises ReferenceSetError when there is no member, counts differ, or weights are off the simplex.
