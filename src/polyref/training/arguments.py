@@ -51,8 +51,9 @@ def check_arguments(args: Any, counts: Sequence[str] = COUNTS) -> None:
         raise ConfigError(f"learning_rate is {args.learning_rate}", fix="give at least 0")
     if not 0 < args.num_train_epochs < math.inf and args.max_steps < 1:
         raise ConfigError(f"num_train_epochs is {args.num_train_epochs}", fix="give a number above 0, or max_steps")
-    if not 0 <= args.seed < 2**32:
-        raise ConfigError(f"seed is {args.seed}", fix="give a whole number from 0, below 2^32")
+    for name in ("seed", "data_seed"):
+        if not 0 <= (getattr(args, name) or 0) < 2**32:
+            raise ConfigError(f"{name} is {getattr(args, name)}", fix="give a whole number from 0, below 2^32")
     check_truncation(args.max_length, args.truncation_mode)
     if args.prompt_format not in PROMPT_FORMATS:
         raise ConfigError(f"unknown prompt_format {args.prompt_format!r}", fix="use as_is, chat or transcript")
@@ -83,10 +84,13 @@ def check_control(control: float | str, objective: str) -> None:
 
 def finish_arguments(args: Any, finish: Callable[[], None]) -> None:
     """Run transformers' own `__post_init__`, `finish`, its errors as one line; refuse trackers that are not installed."""
-    with _as_settings():
+    with as_settings(LookupError, OSError, RuntimeError, TypeError):
         finish()
         _try_loading(args)
     _refuse_ignored(args)  # torch_compile is switched on by others
+    if args.accelerator_config.dispatch_batches:
+        fix = "leave it out: every process makes its own batches"
+        raise ConfigError("dispatch_batches would cut batches whose tensors differ in length", fix=fix)
     if args.log_level not in (levels := transformers_logging.get_log_levels_dict()) and args.log_level != "passive":
         raise ConfigError(f"unknown log_level {args.log_level!r}", fix=f"use one of {', '.join(levels)}, or passive")
     args.dataloader_pin_memory &= torch.accelerator.is_available() and not args.use_cpu
@@ -96,13 +100,13 @@ def finish_arguments(args: Any, finish: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _as_settings() -> Iterator[None]:
-    """What transformers and torch say of settings that they cannot use, as one line."""
+def as_settings(*kinds: type[Exception]) -> Iterator[None]:
+    """What transformers and torch say of settings that they cannot use, as one line: ImportError, ValueError, and `kinds`."""
     try:
         yield
     except PolyrefError:
         raise
-    except (ImportError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, NotImplementedError, ValueError, *kinds) as error:
         raise ConfigError(str(error), where="training settings", fix="change the setting that it names") from error
 
 
@@ -122,7 +126,7 @@ def check_optimiser(trainer: Trainer) -> None:
         return
     if any(word in str(getattr(args.optim, "value", args.optim)) for word in ("lomo", "layerwise")):
         return
-    with _as_settings():
+    with as_settings(LookupError, RuntimeError, TypeError):
         trainer.create_optimizer()
         trainer.create_scheduler(num_training_steps=args.max_steps if args.max_steps > 0 else _MANY)
     trainer.optimizer, trainer.lr_scheduler = None, given

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from polyref.data.tokenize import TokenizedPreferences
 from polyref.errors import ConfigError
 from polyref.files import write_errors
-from polyref.training.arguments import check_optimiser
+from polyref.training.arguments import as_settings, check_optimiser
 from polyref.training.auxiliary import auxiliary_records, plain_records
 from polyref.training.dataset import GroupedSampler, PairCollator, ScoredPairs
 from polyref.training.guards import WholeWindows, mean_loss, stop_diverged
@@ -59,15 +59,16 @@ class PairTrainer(Trainer):
         informed = step_objective.callbacks if step_objective is not None else ()
         self.means = PairMeans({"train": (*metrics, *logged), "eval": (*metrics, "loss")})
         self._evaluated: Any = None
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=PairCollator(),
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=[WholeWindows(), *informed, *callbacks],
-            optimizers=optimizers,
-        )
+        with as_settings():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=PairCollator(),
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                callbacks=[WholeWindows(), *informed, *callbacks],
+                optimizers=optimizers,
+            )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: accumulation divides it
         check_optimiser(self)
 
@@ -164,6 +165,11 @@ class PairTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         (h,) = outputs.values()
         return loss.detach(), None if prediction_loss_only else h.float(), None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As Trainer's; settings that none can be made of are one line."""
+        with as_settings(LookupError, RuntimeError, TypeError):
+            return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
