@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fakes import (
     CHATML,
@@ -470,6 +470,20 @@ def test_a_member_that_cannot_score_is_refused_in_one_line(
     assert isinstance(error.value, ReferenceSetError | ModelError | ConfigError)
     if "vocabulary" in words or "context" in words:
         assert "memory, row 1" in str(error.value)
+
+
+def test_rows_on_both_sides_of_where_longrope_turns_are_told(
+    tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 8.0}
+    config = LlamaConfig(vocab_size=len(tiny_tokenizer), hidden_size=16, num_attention_heads=2, max_position_embeddings=256)
+    data = tokens_of(3, tiny_tokenizer)
+    lengths = [len(pair.prompt_ids) + len(ids) for pair in data.pairs for ids in pair.completions]
+    for turn, told in ((min(lengths) - 1, False), (min(lengths), True), (max(lengths) - 1, True), (max(lengths), False)):
+        config.rope_parameters = rope | {"original_max_position_embeddings": turn}
+        caplog.clear()
+        score.check_fit(config, data.pairs, data.records, "reference long")
+        assert (f"reference long turns positions otherwise in batches that go beyond {turn} tokens" in caplog.text) == told
 
 
 def test_sets_that_mean_nothing_are_refused() -> None:

@@ -232,16 +232,30 @@ def check_fit(
     *,
     refuse: type[InputError] = ModelError,
 ) -> None:
-    """Raise `refuse`, naming the first such row, where `pairs` go beyond the vocabulary or the context of a model."""
+    """Raise `refuse`, naming the first such row, where `pairs` go beyond the vocabulary or the context of a model.
+
+    Warn where some alone are longer than what LongRoPE calls long: it then turns a whole batch by the longest row.
+    """
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
-    for pair, record in zip(pairs, records, strict=True):
+    rope = getattr(text, "rope_parameters", None) or {}
+    turn = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    lengths = [len(pair.prompt_ids) + max(map(len, pair.completions)) for pair in pairs]
+    shortest = (len(pair.prompt_ids) + min(map(len, pair.completions)) for pair in pairs)
+    if turn is not None and lengths and min(shortest) <= turn < max(lengths):
+        logger.warning(
+            "%s turns positions otherwise in batches that go beyond %d tokens: scores of what is shorter there depend on it; "
+            "lower max_length to %d",
+            whose,
+            turn,
+            turn,
+        )
+    for pair, record, longest in zip(pairs, records, lengths, strict=True):
         where = f"{record.source}, row {record.row}"
         highest = max(max(ids) for ids in (pair.prompt_ids, *pair.completions))
         if highest >= text.vocab_size:
             what = f"token id {highest} is outside the vocabulary ({text.vocab_size}) of {whose}"
             raise refuse(what, where=where, fix="give it the tokenizer that it was trained with")
-        longest = len(pair.prompt_ids) + max(map(len, pair.completions))
         if context is not None and longest > context:
             what = f"{longest} tokens do not fit the context of {context} of {whose}"
             raise refuse(what, where=where, fix="lower max_length or shorten its system prompt")
