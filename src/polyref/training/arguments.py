@@ -102,11 +102,12 @@ def finish_arguments(args: Any, finish: Callable[[], None]) -> None:
 @contextmanager
 def as_settings(*kinds: type[Exception]) -> Iterator[None]:
     """What transformers and torch say of settings that they cannot use, as one line: ImportError, ValueError, and `kinds`."""
+    said: tuple[type[Exception], ...] = (ImportError, NotImplementedError, ValueError, *kinds)
     try:
         yield
     except PolyrefError:
         raise
-    except (ImportError, NotImplementedError, ValueError, *kinds) as error:
+    except said as error:
         raise ConfigError(str(error), where="training settings", fix="change the setting that it names") from error
 
 
