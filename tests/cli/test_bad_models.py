@@ -175,7 +175,7 @@ SETS: dict[str, tuple[Any, ...]] = {
     "no members": (([], {}), "a reference set has no member", "at least one"),
     "a reference without a name": (([{"model": ""}], {}), "a reference has an empty model name", "give a hub id"),
     "a reference's dtype": (([{"dtype": "int7"}], {}), "unknown dtype 'int7' of a reference", "float32"),
-    "a reference's setting": (([{"sytem_prompt": "x"}], {}), "sytem_prompt", "--help"),
+    "a reference's setting": (([{"sytem_prompt": "x"}], {}), "sytem_prompt", "--references.members.help"),
 }
 
 

@@ -90,7 +90,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
         "no_such",
         "name layers of this model in target_modules",
     ),
-    "a setting of lora": ({"lora": {"rank": 1}}, "lora: Option 'rank' is not accepted", "--help"),
+    "a setting of lora": ({"lora": {"rank": 1}}, "lora: Option 'rank' is not accepted", "--lora.help"),
     "an unknown flag": ({"betta": 1}, "unrecognized arguments: --betta", "--help"),
     "no output_dir": ({"output_dir": None}, "required: output_dir", "--help"),
     "no model": ({"model": None}, "required", "model", "--help"),

@@ -66,6 +66,15 @@ def test_a_misspelt_setting_is_answered_with_the_nearest(world: World) -> None:
     assert "did you mean" not in world.run([*world.train(), "--zzz", "1"]).err
 
 
+def test_a_plain_value_for_a_group_of_settings_is_told_how_to_name_one(world: World) -> None:
+    told = {"lora": "lora.help", "references": "references.help"}
+    for group, shown in told.items():
+        line = f"{group}: takes settings of its own, as in {group}.NAME or {{NAME: VALUE}}; see polyref train --{shown}\n"
+        assert line in world.run([*world.train(), f"--{group}", "8"]).err
+    sampled = world.run(["sample", "--references", "8", "--data", world.pairs(), "--output_dir", world.path / "sampled"])
+    assert "references: takes settings of its own" in sampled.err and "see polyref sample --help" in sampled.err
+
+
 def test_libraries_neither_draw_bars_nor_tell_of_each_attempt_to_reach_the_hub() -> None:
     code = "import logging; from polyref.cli.main import _quiet_libraries; _quiet_libraries(); from tqdm.auto import tqdm; "
     code += "from huggingface_hub.utils import logging as hub; print(tqdm([0]).disable, hub.get_verbosity() == logging.ERROR)"

@@ -38,6 +38,7 @@ VERBS = {
 """What the command line can do. Each verb is a module of this package with `add_arguments(parser)` and `run(settings)`."""
 
 _USAGE = 2
+_UNREADABLE = "cannot be read"
 _LONGEST = 2000
 
 # What jsonargparse writes around the one line of an error that says what is wrong.
@@ -109,7 +110,11 @@ def _parse(module: Any, verb: str, words: list[str]) -> Any:
         if cause is not None:
             raise cause from error
         reason = _reason(str(error))
-        fix = f"{_meant(reason, parser)}see polyref {verb} --help"
+        group = reason.partition(":")[0]
+        if reason == f"{group}: {_UNREADABLE}" and any(name.startswith(f"{group}.") for name in _names(parser)):
+            reason = f"{group}: takes settings of its own, as in {group}.NAME or {{NAME: VALUE}}"
+        shown = f"{group}.help" if f"{group}.help" in _names(parser) else "help"
+        fix = f"{_meant(reason, parser)}see polyref {verb} --{shown}"
         raise ConfigError(reason, where=_where(verb, words), fix=fix) from error
 
 
@@ -127,9 +132,12 @@ def _usage(parser: Any) -> str:
 def _meant(reason: str, parser: Any) -> str:
     """The setting that an unknown one is nearest to, as a question."""
     unknown = re.match(r"(?:unrecognized arguments: --|Option ')([\w.-]+)", reason)
-    names = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
-    near = get_close_matches(unknown[1].replace("-", "_"), names, 1, 0.75) if unknown else []
+    near = get_close_matches(unknown[1].replace("-", "_"), _names(parser), 1, 0.75) if unknown else []
     return f"did you mean {near[0]}? " if near else ""
+
+
+def _names(parser: Any) -> list[str]:
+    return [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
 
 
 def _files_first(words: Sequence[str]) -> list[str]:
@@ -166,7 +174,7 @@ def _reason(text: str) -> str:
     for key in re.findall(r'Parser key "([^"]*)"', text):
         name = key if key.startswith(name) else f"{name}.{key}"
     told = (re.sub(r'^Parser key "[^"]*":\s*', "", line) for line in lines)
-    reason = " or ".join(dict.fromkeys(line for line in told if line and not _UNTELLING.match(line))) or "cannot be read"
+    reason = " or ".join(dict.fromkeys(line for line in told if line and not _UNTELLING.match(line))) or _UNREADABLE
     for pattern, plain in _PLAIN_WORDS:
         reason = pattern.sub(plain, reason)
     return f"{name}: {reason}" if name else reason
