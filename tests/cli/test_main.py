@@ -194,10 +194,11 @@ def test_ctrl_c_leaves_a_run_that_goes_on(world: World, monkeypatch: pytest.Monk
     assert outputs(world.path / "broken" / "run") == outputs(world.path / "unbroken" / "run")
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=[pytest.mark.slow, pytest.mark.ci])])
-def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(world: World, kills: int) -> None:
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(world: World) -> None:
     with Warm(world.environment) as warm:
-        Runs(warm, world.path, lambda name: long_training(world, name, cache_dir=None)).survive_kills(kills)
+        Runs(warm, world.path, lambda name: long_training(world, name, cache_dir=None)).survive_kills(6)
 
 
 def test_scoring_twice_finds_everything(world: World, caplog: pytest.LogCaptureFixture) -> None:
