@@ -60,7 +60,8 @@ def test_help_of_training_begins_with_what_is_polyrefs_own(world: World) -> None
 
 
 def test_a_misspelt_setting_is_answered_with_the_nearest(world: World) -> None:
-    for words in (["--learning-rate", "1"], ["--config", world.file("typo.yaml", "learning_rte: 1\n")]):
+    typo = ["--config", world.file("typo.yaml", "learning_rte: 1\n")]
+    for words in (["--learning-rate", "1"], ["--learning_rat", "1"], typo):  # an abbreviation is a misspelling too
         refused = world.run([*world.train(), *words])
         assert refused.code == 2 and "; did you mean learning_rate? see polyref train --help\n" in refused.err
     assert "did you mean" not in world.run([*world.train(), "--zzz", "1"]).err

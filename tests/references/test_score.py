@@ -508,6 +508,8 @@ def test_the_anchor_composes_with_each_prompts_own_weights() -> None:
     own = torch.tensor([[1.0, 0.0], [0.25, 0.75]], dtype=torch.float64)
     geometric, arithmetic = ReferenceSet(two, (0.5, 0.5)), ReferenceSet(two, (0.5, 0.5), "arithmetic")
     assert geometric.anchor(logps).tolist() == [-2.0, -5.0]
+    thirds = ReferenceSet(tuple(Reference(f"some/{i}") for i in range(3)), (0.333333,) * 3)
+    assert thirds.anchor(torch.full((1, 3), -3.0)).tolist() == pytest.approx([-3.0], abs=1e-5), "in float32 as in float64"
     assert geometric.anchor(logps, own).tolist() == [-1.0, -6.5]
     expected = [math.log(0.5 * math.exp(a) + 0.5 * math.exp(b)) for a, b in logps.tolist()]
     assert arithmetic.anchor(logps).tolist() == pytest.approx(expected)
@@ -597,14 +599,22 @@ def test_a_score_that_is_no_number_is_told_with_its_reference(tiny_tokenizer: Pr
             score_references(data, ReferenceSet(members), tiny_tokenizer)
 
 
-def test_a_template_that_may_write_the_date_is_told(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_what_becomes_of_the_chat_template_is_told(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     dated = byte_tokenizer(chat_template=CHATML + "{% if false %}{{ strftime_now('%d') }}{% endif %}")
-    told = []
-    for tokenizer in (tiny_tokenizer, dated, byte_tokenizer(chat_template=None)):
+    said = {"prompt": ("user", "hm?"), "chosen": ("assistant", "yes"), "rejected": ("assistant", "no")}
+    turns = {name: [{"role": role, "content": text}] for name, (role, text) in said.items()}
+    messages = tokenize_records([parse_record(turns, source="memory", row_number=1)], tiny_tokenizer, max_length=None)
+
+    def told(data: Any, tokenizer: PreTrainedTokenizerFast) -> str:
         references = ReferenceSet((Reference(tiny_llama(tokenizer), tokenizer=tokenizer),))
-        told += score_references(tokens_of(1, tiny_tokenizer), references, tiny_tokenizer).compatibility
-    assert ["with chat template" in line for line in told] == [True, True, False]
-    assert ["write the date" in line for line in told] == [False, True, False]
+        (line,) = score_references(data, references, tiny_tokenizer).compatibility
+        return line
+
+    assert ", with chat template, " in told(messages, tiny_tokenizer)
+    assert ", with chat template (it may write the date), " in told(messages, dated)
+    plain = tokens_of(1, tiny_tokenizer)
+    assert "chat template unused by plain text (prompt_format chat would" in told(plain, dated)
+    assert ", without chat template, " in told(plain, byte_tokenizer(chat_template=None))
 
 
 def test_a_cache_of_another_process_is_read_where_it_cannot_be_written(

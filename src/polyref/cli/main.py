@@ -93,7 +93,7 @@ def _parse(module: Any, verb: str, words: list[str]) -> Any:
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     purpose = VERBS[verb][0].upper() + VERBS[verb][1:] + "."
-    parser = ArgumentParser(prog=f"polyref {verb}", description=purpose, exit_on_error=False)
+    parser = ArgumentParser(prog=f"polyref {verb}", description=purpose, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags win over it.")
     module.add_arguments(parser)
     parser.usage = _usage(parser)

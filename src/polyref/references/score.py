@@ -181,17 +181,19 @@ def _prepare(reference: Reference, data: TokenizedPreferences, policy_tokenizer:
     )
     report = (
         f"reference {reference.label}: {'the policy’s tokenizer' if same else 'its own tokenizer, scoring the text'}, "
-        f"{_template_words(tokenizer)}, vocabulary {config.vocab_size}, "
+        f"{_template_words(tokenizer, data.records)}, vocabulary {config.vocab_size}, "
         f"longest sequence {longest} of {getattr(config, 'max_position_embeddings', None) or 'any'} tokens, "
         f"{_dtype(reference)}"
     )
     return _Member(reference, items, scorer, report)
 
 
-def _template_words(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Whether there is a chat template, and whether the tokens that it gives are other ones tomorrow."""
+def _template_words(tokenizer: PreTrainedTokenizerBase, records: Sequence[PreferenceRecord]) -> str:
+    """Whether there is a chat template that the texts go through, and whether its tokens are other ones tomorrow."""
     if not tokenizer.chat_template:
         return "without chat template"
+    if all(isinstance(record.prompt, str) for record in records):
+        return "its chat template unused by plain text (prompt_format chat would make turns of it)"
     return "with chat template" + (" (it may write the date)" if "strftime_now" in str(tokenizer.chat_template) else "")
 
 
