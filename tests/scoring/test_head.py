@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from polyref.errors import ModelError
 from polyref.scoring.head import LogitTransform, token_logps
 
 N, H, V = 13, 6, 17
@@ -55,11 +60,26 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_a_second_derivative_is_refused(trained: bool) -> None:
+@pytest.mark.parametrize("loss", [torch.sum, lambda logps: logps.square().sum()])
+def test_a_second_derivative_is_refused_before_it_lacks_terms(
+    trained: bool, loss: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """What stands before the head has one of its own, which would be all that autograd finds."""
     hidden, targets, head = setup(bias=True, trained=trained)
-    (gradient,) = torch.autograd.grad(token_logps(hidden, targets, head).square().sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    logps = token_logps(hidden.tanh(), targets, head)
+    with pytest.raises(ModelError, match="no second derivative; leave create_graph out"):
+        torch.autograd.grad(loss(logps), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_gradient_is_the_same_under_activation_checkpointing(reentrant: bool) -> None:
+    hidden, targets, head = setup(bias=True)
+    grads = []
+    for score in (token_logps, partial(checkpoint, token_logps, use_reentrant=reentrant)):
+        hidden.grad = head.weight.grad = None
+        score(hidden, targets, head).sum().backward()
+        grads.append((hidden.grad, head.weight.grad))
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
 
 
 def test_a_head_that_is_not_a_plain_linear_layer_gives_the_same() -> None:

@@ -703,6 +703,14 @@ def test_a_run_repeats_to_the_last_bit_and_its_seed_matters(world: World) -> Non
     assert run(seed=7)._get_train_sampler().seed == 7 and zero._get_train_sampler().seed == 0
 
 
+def test_a_schedule_given_after_the_trainer_was_made_is_kept(world: World) -> None:
+    trainer = world.trainer(4)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    trainer.lr_scheduler = given = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 0.5)
+    trainer.train()
+    assert trainer.lr_scheduler is given
+
+
 def test_warnings_of_this_library_are_none(world: World) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

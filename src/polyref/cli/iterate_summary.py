@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyref.cli.iterate_settings import IterateSettings
-from polyref.cli.multistep_plan import held_to
+from polyref.cli.loop_plan import held_to
 from polyref.cli.multistep_summary import judges_of, warn_of_judges
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyref.cli.multistep_plan import ANCHOR, held_to
+from polyref.cli.loop_plan import held_to
+from polyref.cli.multistep_plan import ANCHOR
 from polyref.cli.multistep_settings import MultistepSettings
 
 if TYPE_CHECKING:

@@ -137,7 +137,7 @@ class ReferenceSet:
         """
         import torch
 
-        a = weights if weights is not None else torch.tensor(self.weights, dtype=logps.dtype, device=logps.device)
+        a = weights if weights is not None else torch.tensor(self.weights, dtype=torch.float64)
         compose = COMPOSITIONS[self.composition]
         check_support(logps, a, compose, places=places, names=[member.label for member in self.members])
         return compose(logps, a)

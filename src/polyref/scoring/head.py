@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from polyref.errors import ModelError
 
 LOGIT_BUDGET = 2**24
 """Logits held at once (64 MiB in float32): the chunk is this many divided by the vocabulary size."""
@@ -100,8 +101,9 @@ class _LinearLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @once_differentiable  # the gradient to h is a constant from the forward pass: a second one would be silently wrong
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        if torch.is_grad_enabled():  # under create_graph: what it returns is a constant, and a second derivative lacks terms
+            raise ModelError("this head gives no second derivative", fix="leave create_graph out, or plan with fused=False")
         (grad,) = grads
         if not ctx.head_trained:
             (unit_gradient,) = ctx.saved_tensors

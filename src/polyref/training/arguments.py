@@ -131,6 +131,7 @@ def check_optimiser(trainer: Trainer) -> None:
         trainer.create_optimizer()
         trainer.create_scheduler(num_training_steps=args.max_steps if args.max_steps > 0 else _MANY)
     trainer.optimizer, trainer.lr_scheduler = None, given
+    trainer._created_lr_scheduler = False  # or training would drop a schedule that is given later
 
 
 def check_run(args: Any, eval_dataset: Any) -> None:
