@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from polyref.cli import checks
@@ -88,10 +87,7 @@ class LabelSettings:
             raise ConfigError(f"port is {self.port}", fix="give a port below 65536, or 0 for any that is free")
         checks.whole("seed", self.seed)
         check_written(self.file_name)
-        if Path(self.file_name).name != self.file_name or self.file_name in ("votes.jsonl", "metrics.jsonl", self.sheet_name):
-            raise ConfigError(
-                f"file_name is {self.file_name}", fix="name a file of the run folder that nothing else is kept in"
-            )
+        checks.own_file(self.file_name, ("votes.jsonl", "metrics.jsonl", self.sheet_name))
 
     @property
     def sheet_name(self) -> str:
