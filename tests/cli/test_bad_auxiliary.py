@@ -14,7 +14,7 @@ from fakes import byte_tokenizer, saved_llama
         "no preference model": ({"reward": None}, "the preference model is not given", "give one of cross_encoder"),
         "two of them": ({"votes": "votes.jsonl"}, "the preference model is reward and votes", "give one of"),
         "no sampling policy": ({"sampling_policy": None}, "there is no sampling_policy", "drawn from"),
-        "a judge without an address": ({"reward": None, "judge": {"model": "j"}}, "judge", "base_url", "--help"),
+        "a judge without an address": ({"reward": None, "judge": {"model": "j"}}, "judge", "base_url", "--judge.help"),
         "a judge without its key": (
             {"reward": None, "judge": {"base_url": "http://127.0.0.1:9/v1", "model": "j", "key_variable": "NO_SUCH_KEY"}},
             "NO_SUCH_KEY",
