@@ -33,6 +33,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_pocket_policy_makes_a_base_and_two_references_once(
     pocket_policy: ModuleType, shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:

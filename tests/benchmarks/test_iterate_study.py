@@ -87,6 +87,8 @@ def test_arms_are_compared_at_equal_labels(
     assert (tmp_path / "iterate_study_pocket.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_first_round_is_offline_training_on_fewer_labels(study: SimpleNamespace, tiny: Any, tmp_path: Path) -> None:
     half = replace(tiny, folder=str(tmp_path), prompts=4, updates=2)
     study.steps.prepare(half, SimpleNamespace())

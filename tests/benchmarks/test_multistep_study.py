@@ -76,6 +76,8 @@ def test_the_prompts_have_no_system_message(study: SimpleNamespace, tiny: Any) -
     assert len((Path(tiny.folder) / "held_out.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_arms_train_at_equal_proposals_and_are_compared(
     study: SimpleNamespace, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -147,6 +147,8 @@ def test_validate_says_that_data_is_bad(given: list[str], says: list[str], world
     assert all(character.isprintable() or character == "\n" for character in outcome.out)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_process_of_its_own_ends_alike(world: World) -> None:
     """No library says a word of its own, and no hub is waited for."""
     for data, says in (("nobody/nothing", ["nobody/nothing: datasets cannot load it"]), (HOSTILE, ["there is no such file"])):

@@ -554,6 +554,8 @@ def test_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(
     assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_at_once_neither_corrupt_nor_repeat(
     model_folder: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
