@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from polyref.cli import checks
 from polyref.cli.preference_source import RewardSource
 from polyref.cli.sample_stages import load_reward
 from polyref.errors import ConfigError
@@ -44,10 +44,8 @@ class TrainingRewards:
             raise ConfigError("reward and ensemble are both given", fix="give one of them")
         if self.ensemble is not None and len(self.ensemble) < 2:
             raise ConfigError("the ensemble has fewer than 2 rewards", fix="give at least 2, or name one as reward")
-        if not 0 <= self.pessimism < math.inf:
-            raise ConfigError(f"pessimism is {self.pessimism}", fix="give a finite number of at least 0")
-        if not 0 < self.ridge < math.inf:
-            raise ConfigError(f"ridge is {self.ridge}", fix="give a finite number above 0")
+        checks.not_negative(self, "pessimism")
+        checks.positive("ridge", self.ridge)
         if self.ensemble is None and self.pessimism and (self.by_rule or self.bonus_data is None):
             what = "pessimism needs an ensemble, or a reward model with the pairs it was fitted to"
             raise ConfigError(what, fix="give ensemble, or reward and bonus_data")

@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 
+from polyref.cli import checks
 from polyref.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,7 @@ def run_folder_of(values: dict[str, Any]) -> Path:
     check_resumable(values)
     if given := sorted(name for name in SECRETS if values.pop(name) is not None):
         raise ConfigError(f"{given[0]} is a secret, and settings are kept in the run folder", fix="set HF_TOKEN instead")
-    if not values["output_dir"].strip():
-        raise ConfigError("output_dir is empty", fix="name the run folder")
+    checks.named(values["output_dir"])
     return Path(values["output_dir"])
 
 
