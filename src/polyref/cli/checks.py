@@ -5,8 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from polyref.errors import ConfigError
+
+
+class Divided(Protocol):
+    """Settings of data that some are held out of."""
+
+    eval_data: str | None
+    limit: int | None
+    held_out: float
 
 
 def named(output_dir: str) -> None:
@@ -51,6 +60,20 @@ def whole(name: str, value: int) -> None:
     """`value` is no less than 0."""
     if value < 0:
         raise ConfigError(f"{name} is {value}", fix="give a whole number from 0")
+
+
+def amount(held_out: float, what: str) -> None:
+    """A number of `what`, or a share of them below 1, is held out."""
+    if not held_out >= 0 or (held_out > 1 and held_out % 1):
+        raise ConfigError(f"held_out is {held_out:g}", fix=f"give a number of {what}, or a share below 1")
+
+
+def division(settings: Divided, what: str) -> None:
+    """`limit` leaves some `what`, and what is evaluated on comes from one place."""
+    if settings.limit is not None and settings.limit < 1:
+        raise ConfigError(f"limit is {settings.limit}", fix=f"give a number of {what} of at least 1, or leave it out")
+    if settings.eval_data is not None and settings.held_out:
+        raise ConfigError("eval_data and held_out are both given", fix="give one of them")
 
 
 def own_file(name: str, taken: Iterable[str]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from polyref.cli import checks
 from polyref.cli.settings import LoraSettings
-from polyref.errors import ConfigError
 from polyref.scoring.models import ModelSource
 
 if TYPE_CHECKING:
@@ -69,10 +69,7 @@ class SamplesSettings:
         """(training, held-out) samples."""
         from polyref.data.samples import load_samples, samples_by_prompt, split_prompts
 
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit is {self.limit}", fix="give a number of prompts of at least 1, or leave it out")
-        if self.eval_data is not None and self.held_out:
-            raise ConfigError("eval_data and held_out are both given", fix="give one of them")
+        checks.division(self, "prompts")
 
         def load(source: str) -> list[SampleRecord]:
             settings = {"split": self.split, "columns": self.columns, "revision": self.data_revision}

@@ -46,13 +46,9 @@ class LoopPrompts:
         from polyref.data.prompt_rows import load_prompts
         from polyref.data.sources import prompt_key
 
-        if not self.held_out >= 0 or (self.held_out > 1 and self.held_out % 1):
-            raise ConfigError(f"held_out is {self.held_out:g}", fix="give a number of prompts, or a share below 1")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit is {self.limit}", fix="give a number of prompts of at least 1, or leave it out")
+        checks.amount(self.held_out, "prompts")
+        checks.division(self, "prompts")
         checks.whole("split_seed", self.split_seed)
-        if self.eval_data is not None and self.held_out:
-            raise ConfigError("eval_data and held_out are both given", fix="give one of them")
         settings = {"split": self.split, "prompt_format": self.prompt_format, "columns": self.columns}
         some, held_out = (
             load_prompts(source, **settings, revision=self.data_revision) if source else []  # type: ignore[arg-type]

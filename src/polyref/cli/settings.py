@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from polyref.cli import checks
 from polyref.data.sources import load_preferences, split_by_prompt
 from polyref.errors import ConfigError
 from polyref.types import PreferenceRecord
@@ -39,12 +40,8 @@ class DataSettings:
         self, prompt_format: Literal["as_is", "chat", "transcript"]
     ) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
         """(training, held-out) records."""
-        if not self.held_out >= 0 or (self.held_out > 1 and self.held_out % 1):
-            raise ConfigError(f"held_out is {self.held_out:g}", fix="give a number of pairs, or a share below 1")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit is {self.limit}", fix="give a number of pairs of at least 1, or leave it out")
-        if self.eval_data is not None and self.held_out:
-            raise ConfigError("eval_data and held_out are both given", fix="give one of them")
+        checks.amount(self.held_out, "pairs")
+        checks.division(self, "pairs")
 
         train = self.read(self.data, prompt_format)
         held_out = self.read(self.eval_data, prompt_format) if self.eval_data else []
